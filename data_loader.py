@@ -223,13 +223,13 @@ class BucketSampler:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         order = order[np.argsort(self.lengths[order], kind="stable")]
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        batches = np.array_split(order, len(self))  # of equal size, but for one caption
         for batch in rng.permutation(len(batches))[self.start :]:
             yield batches[batch][self.rank :: self.world]
 
 
 def get_loader(data, vocab=None, transform=None, features=None, mode="train", batch_size=64,
-               seed=0, num_workers=0):  # fmt: skip
+               seed=0, num_workers=0, rank=0, world=1):  # fmt: skip
     """A DataLoader over a split.
 
     mode "train": (images, captions, lengths), every caption once, reshuffled each epoch; call
@@ -238,26 +238,33 @@ def get_loader(data, vocab=None, transform=None, features=None, mode="train", ba
     mode "test": (images, places): every image once, in order, for captioning;
         `data.captions[place]` are its references.
 
-    `features` (see `ImageDataset`) take the place of the images: (B, feature_size).
+    `features` (see `ImageDataset`) take the place of the images: (B, feature_size). Of `world`
+    processes, the one with number `rank` gets its share: of each batch in training, of the batches
+    in validation, every world-th image in test.
     Raises ValueError for an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "test":
-        images = ImageDataset(data, transform, features)
-        return DataLoader(
-            images, batch_size, num_workers=num_workers, collate_fn=lambda batch: batch
-        )
-    dataset = CaptionDataset(data, vocab, transform, features)
-    if mode == "train":
-        batches = BucketSampler(dataset.lengths, batch_size, seed)
+        dataset = ImageDataset(data, transform, features)
+        mine = range(rank, len(dataset), world)
+        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     else:
-        order = np.argsort(dataset.lengths, kind="stable")
-        batches = np.split(order, range(batch_size, len(order), batch_size))
+        dataset = CaptionDataset(data, vocab, transform, features)
+        if mode == "train":
+            batches = BucketSampler(dataset.lengths, batch_size, seed, rank, world)
+        else:
+            order = np.argsort(dataset.lengths, kind="stable")
+            batches = np.split(order, range(batch_size, len(order), batch_size))[rank::world]
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=lambda batch: batch,
-        pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_it_is,
+        pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
+
+
+def as_it_is(batch):
+    """The dataset makes whole batches; and a lambda could not be sent to a worker on Windows."""
+    return batch
 
 
 # ---------------------------------------------------------------------------- splits

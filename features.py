@@ -11,6 +11,7 @@ the memory: ResNet50 features of COCO's 123,287 images take 505 MB, and are memo
 
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-SAVE_EVERY = 2000  # images between two notes of how far it got: what an interruption can cost
+from distributed import barrier, rank_and_world
+
+FORMAT = "1"  # raise it when what the files hold, or how images are opened, changes
+TODO, DONE, BAD = 0, 1, 2  # the state of a row
+SAVE_EVERY = 2048  # images between two flushes to disk: what a power cut can cost
 
 
 @dataclass
@@ -30,88 +35,135 @@ class Features:
     bad: dict[int, str]  # row -> why it could not be read
 
 
-def encode_images(encoder, paths, transform, cache_dir, batch_size=64, workers=0):
+def encode_images(encoder, paths, transform, cache_dir, batch_size=64, workers=0) -> Features:
     """`encoder.pool` of every image, from `cache_dir` if it is there, else computed and kept.
 
-    Runs on the encoder's device. Interrupted, it goes on where it stopped. An image that cannot
-    be read does not stop the others: all are listed in `bad`, for the caller to judge.
+    Runs on the encoder's device. Interrupted, it goes on where it stopped; of several processes
+    (torchrun) each encodes its share into the same files. An image that cannot be read does not
+    stop the others: all are listed in `bad`, for the caller to judge.
     """
-    cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    name = fingerprint(encoder, paths, transform)
-    array, note = cache_dir / f"features-{name}.npy", cache_dir / f"features-{name}.json"
-    state = {"done": 0, "bad": {}}
-    if note.exists() and array.exists():
-        state = json.loads(note.read_text())
-    shape = (len(paths), encoder.feature_size)
-    if state["done"] == 0:
-        rows = np.lib.format.open_memmap(array, "w+", np.float16, shape)
-    elif state["done"] < len(paths):
-        rows = np.lib.format.open_memmap(array, "r+")
-    if state["done"] < len(paths):
-        _encode(encoder, paths, transform, rows, state, note, batch_size, workers)
-    rows = np.load(array, mmap_mode="r")
-    return Features(rows, {int(row): why for row, why in state["bad"].items()})
+    name = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
+    name.parent.mkdir(parents=True, exist_ok=True)
+    rank, world = rank_and_world()
+    if rank == 0 and not (is_intact(name) or is_begun(name, len(paths))):
+        create(name, (len(paths), encoder.feature_size))
+    barrier()  # nobody writes before the files are there
+    state = np.load(f"{name}.state.npy", mmap_mode="r+")
+    todo = np.flatnonzero(state == TODO)[rank::world]
+    if len(todo):
+        rows = np.load(f"{name}.npy", mmap_mode="r+")
+        encode_rows(encoder, paths, transform, todo, rows, state, batch_size, workers)
+    barrier()  # nobody reads before all have written
+    if rank == 0 and not is_intact(name):
+        Path(f"{name}.json").write_text(json.dumps({"sha256": checksum(name)}))
+    barrier()
+    unreadable = Readable(paths, transform)
+    bad = {int(row): unreadable[row][1] for row in np.flatnonzero(state == BAD)}
+    return Features(np.load(f"{name}.npy", mmap_mode="r"), bad)
 
 
 @torch.inference_mode()
-def _encode(encoder, paths, transform, rows, state, note, batch_size, workers):
-    was_training = encoder.training
+def encode_rows(encoder, paths, transform, todo, rows, state, batch_size, workers):
+    """Fill `rows` and `state` for the images in `todo`."""
+    device, was_training = encoder.linear.weight.device, encoder.training
     encoder.eval()
-    device = encoder.linear.weight.device
-    start, saved = state["done"], state["done"]
-    todo = DataLoader(
-        Readable(paths[start:], transform), batch_size, num_workers=workers,
-        collate_fn=lambda batch: batch,
-    )  # fmt: skip
-    progress = tqdm(
-        total=len(paths), initial=start, desc="encoding images", unit="img", mininterval=1,
-        leave=False, file=sys.stdout,
-    )  # fmt: skip
-    for batch in todo:
-        good = [place for place, (image, _) in enumerate(batch) if image is not None]
-        if good:
-            images = torch.stack([batch[place][0] for place in good])
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+    images = Readable([paths[row] for row in todo], transform)
+    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=lambda batch: batch)
+    bar = tqdm(total=len(state), initial=len(state) - len(todo), desc="encoding images",
+               unit="img", mininterval=1, leave=False, file=sys.stdout)  # fmt: skip
+    seen = np.empty(len(todo), np.uint8)
+    start, saved = 0, 0
+    for batch in loader:
+        stop = start + len(batch)
+        readable = np.array([image is not None for image, _ in batch])
+        seen[start:stop] = np.where(readable, DONE, BAD)
+        if readable.any():
+            stack = torch.stack([image for image, _ in batch if image is not None])
+            stack = stack.to(device, memory_format=torch.channels_last, non_blocking=True)
             with fast_precision(device):
-                pooled = encoder.pool(images).half().cpu().numpy()
-            rows[state["done"] + np.array(good)] = pooled
-        for place, (image, why) in enumerate(batch):
-            if image is None:
-                state["bad"][state["done"] + place] = why
-        state["done"] += len(batch)
-        progress.update(len(batch))
-        if state["done"] - saved >= SAVE_EVERY or state["done"] == len(paths):
+                rows[todo[start:stop][readable]] = encoder.pool(stack).half().cpu().numpy()
+        start = stop
+        bar.update(len(batch))
+        if start - saved >= SAVE_EVERY or start == len(todo):
             rows.flush()  # first the features, then the claim that they are there
-            write_note(note, state)
-            saved = state["done"]
-    progress.close()
+            state[todo[saved:start]] = seen[saved:start]
+            state.flush()
+            saved = start
+    bar.close()
     encoder.train(was_training)
 
 
-def fast_precision(device):
-    """bfloat16 autocast where the hardware multiplies it faster than float32, else no change."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-    else:
-        fast = False
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+# ---------------------------------------------------------------------------- the files
 
 
-def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
-    """{row: reason} for the images that cannot be read: looks at each one of them."""
-    looked = DataLoader(Readable(paths, transform), None, num_workers=workers)
-    bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout)
-    return {row: why for row, (_, why) in enumerate(bar) if why}
+def create(name, shape):
+    """Files of zeros for features and their states, with their room on the disk reserved."""
+    for old in (".json", ".state.npy", ".npy"):
+        Path(f"{name}{old}").unlink(missing_ok=True)
+    try:
+        for part, kind, size in ((".npy", np.float16, shape), (".state.npy", np.uint8, shape[:1])):
+            np.lib.format.open_memmap(f"{name}{part}", "w+", kind, size)
+            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later kills the process
+                with open(f"{name}{part}", "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+    except OSError as error:
+        for part in (".npy", ".state.npy"):
+            Path(f"{name}{part}").unlink(missing_ok=True)
+        megabytes = math.prod(shape) * 2 / 1e6
+        raise OSError(
+            f"cannot reserve {megabytes:.0f} MB for features in {name.parent} ({error.strerror}); "
+            "free some space, or name another folder with --cache"
+        ) from None
 
 
-def write_note(path, state):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(state))
-    os.replace(part, path)
+def is_begun(name, images) -> bool:
+    """Are there unfinished files to go on with?"""
+    try:
+        begun = len(np.load(f"{name}.state.npy", mmap_mode="r")) == images
+        return begun and not Path(f"{name}.json").exists()
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def is_intact(name) -> bool:
+    """Are the features complete, and the bytes those that were written?"""
+    try:
+        intact = json.loads(Path(f"{name}.json").read_text())["sha256"] == checksum(name)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        print(f"{name}.npy is damaged and is computed anew")
+    return intact
+
+
+def checksum(name) -> str:
+    digest = hashlib.sha256()
+    for part in (".npy", ".state.npy"):
+        with open(f"{name}{part}", "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(encoder, paths, transform) -> str:
+    """A short name for (weights, transform, images): other input, other name."""
+    digest = hashlib.sha256(f"{FORMAT}{transform!r}".encode())
+    for name, tensor in encoder.backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    for path in paths:
+        try:
+            status = path.stat()
+            facts = status.st_size, status.st_mtime_ns
+        except OSError:
+            facts = None
+        digest.update(f"{path.parent.name}/{path.name}{facts}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- images
 
 
 class Readable(Dataset):
@@ -130,15 +182,20 @@ class Readable(Dataset):
             return None, str(error)
 
 
-def fingerprint(encoder, paths, transform) -> str:
-    """A short name for (weights, transform, images): other input, other name."""
-    digest = hashlib.sha256()
-    for name, tensor in encoder.backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    digest.update(repr(transform).encode())
-    for path in paths:
-        status = path.stat() if path.exists() else None
-        facts = (status.st_size, status.st_mtime_ns) if status else None
-        digest.update(f"{path.parent.name}/{path.name}{facts}".encode())
-    return digest.hexdigest()[:16]
+def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
+    """{row: reason} for the images that cannot be read: looks at each one of them."""
+    looked = DataLoader(Readable(paths, transform), None, num_workers=workers)
+    bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout)
+    return {row: why for row, (_, why) in enumerate(bar) if why}
+
+
+def fast_precision(device):
+    """bfloat16 autocast where the hardware multiplies it faster than float32, else no change."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+    else:
+        fast = False
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))

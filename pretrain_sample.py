@@ -63,7 +63,7 @@ def named_pairs(scene: Scene) -> list[float]:
 def train(model: Namer, scenes: int, batch_size: int, seed: int) -> None:
     rng, steps = Random(f"pretrain {seed}"), scenes // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.2)
     model.train()
     for step in range(1, steps + 1):
         images, pairs, places = make_batch(rng, batch_size)

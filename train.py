@@ -16,19 +16,39 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
+from checkpoint import (
+    forget_earlier_run,
+    get_rng,
+    only_run_in,
+    save_atomically,
+    set_rng,
+    stop_on_sigterm,
+    write_atomically,
+)
 from data_loader import CaptionData, get_loader
+from distributed import (
+    all_sum,
+    barrier,
+    gather,
+    interleave,
+    parallel,
+    process_group,
+    rank_and_world,
+    say,
+)
+from engine import TeacherForcing, caption_split, evaluate
 from features import encode_images, fast_precision, find_bad_images
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
-from model import PAD, BadImageError, CaptionModel, load_safely, train_transform
+from model import BadImageError, CaptionModel, load_safely, train_transform
 from vocabulary import TOKENIZER, Vocabulary, tokenize
 
 
@@ -72,13 +92,28 @@ class Options:
     skip_bad_images: bool = option(False, "leave out images that cannot be read, and name them")
     overwrite: bool = option(False, "start anew in a folder that holds an earlier run")
     resume: bool = option(False, "go on from last.pt in --out")
+    save_every: int = option(0, "also save after every so many steps; 0: after epochs only")
 
 
 # What may differ between a run and its resumption; all else would make it another run.
 MAY_CHANGE = {
-    "epochs", "patience", "device", "workers", "cache", "out", "resume", "overwrite",
+    "epochs", "patience", "save_every", "device", "workers", "cache", "out", "resume", "overwrite",
     "train_images", "train_captions", "val_images", "val_captions",
 }  # fmt: skip
+
+# Drawn scenes are small and simple; every other dataset takes the defaults above.
+PRESETS = {
+    "sample": {
+        "backbone": "mobilenet_v3_small", "weights": "sample_encoder.pt", "image_size": 96,
+        "embed_size": 256, "hidden_size": 256, "dropout": 0.1, "epochs": 8, "learning_rate": 4e-3,
+    },
+}  # fmt: skip
+
+
+def options_for(dataset, splits, out, **changes) -> Options:
+    """The options for one of `datasets.NAMES`, given its `find_splits`; `changes` come last."""
+    files = [str(path) for split in ("train", "val") for path in splits[split]]
+    return Options(*files, out=str(out), **{**PRESETS.get(dataset, {}), **changes})
 
 
 class Trainer:
@@ -86,34 +121,43 @@ class Trainer:
 
     Creating one reads the data, encodes the images and builds the model. Raises DataError,
     BadImageError, ValueError or OSError, each with a sentence that says what is wrong and what to
-    do, before anything is written into `out`.
+    do, before anything is written into `out`. Under torchrun every process creates one, sees its
+    share of each batch, and the first of them writes.
     """
 
     def __init__(self, options: Options):
         self.options, self.out = options, Path(options.out)
         self.device = pick_device(options.device)
-        last = self.find_earlier_run()
-        self.train_data = load_split(options.train_images, options.train_captions)
-        self.val_data = load_split(options.val_images, options.val_captions)
-        captions = [text for texts in self.train_data.captions for text in texts]
+        self.rank, self.world = rank_and_world()
+        checkpoint = self.find_earlier_run()
+        splits = [
+            CaptionData(options.train_images, options.train_captions),
+            CaptionData(options.val_images, options.val_captions),
+        ]
+        captions = [text for texts in splits[0].captions for text in texts]
         self.vocab = Vocabulary.build(captions, options.threshold)
         torch.manual_seed(options.seed)
         self.model = build_model(options, self.vocab).to(self.device)
-        self.train_data, self.train_loader = self.load(self.train_data, "train")
-        self.val_data, self.val_loader = self.load(self.val_data, "val")
+        features, bad = zip(*map(self.look_at, splits), strict=True)
+        leave_out(splits, bad, options.skip_bad_images)
+        self.train_data, self.val_data = (s.without(b) for s, b in zip(splits, bad, strict=True))
+        self.train_loader = self.loader(self.train_data, features[0], "train")
+        self.val_loader = self.loader(self.val_data, features[1], "val")
+        self.network = parallel(TeacherForcing(self.model, options.blind))
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
             weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
-        self.history = []
-        if last:
-            self.restore(last)
+        torch.manual_seed(options.seed + 1000 * self.rank)  # every process its own dropout
+        self.history, self.step, self.totals = [], 0, no_totals(self.device)
+        if checkpoint:
+            self.restore(checkpoint)
 
     def find_earlier_run(self):
         """The checkpoint to go on from, if that is asked for; an earlier run is never lost."""
         path = self.out / "last.pt"
         if self.options.resume:
-            return load_safely(path, self.device)
+            return load_safely(path)
         if path.exists() and not self.options.overwrite:
             raise ValueError(
                 f"{self.out} holds an earlier run: go on with --resume, start anew with "
@@ -121,45 +165,50 @@ class Trainer:
             )
         return None
 
-    def load(self, data, mode):
-        """A split without its unreadable images, and its batches.
+    def look_at(self, data):
+        """Every image of a split: (features, {row: why} of the unreadable ones).
 
-        A frozen CNN's features are computed once and are what the batches hold.
+        A frozen CNN sees each image once, here; a CNN that is trained too has no lasting features.
         """
-        options, encoder = self.options, self.model.encoder
-        transform, features = self.model.transform, None
+        options, model = self.options, self.model
         if options.fine_tune:
-            bad = find_bad_images(data.paths, transform, options.workers)
-            transform = train_transform(options.image_size) if mode == "train" else transform
-        else:
-            encoded = encode_images(
-                encoder, data.paths, transform, options.cache, workers=options.workers
-            )
-            bad, features = encoded.bad, encoded.rows
-        if bad:
-            announce(bad, data, skip=options.skip_bad_images)
-            data = data.without(bad)
-        loader = get_loader(
+            return None, find_bad_images(data.paths, model.transform, options.workers)
+        encoded = encode_images(
+            model.encoder, data.paths, model.transform, options.cache, workers=options.workers
+        )
+        return encoded.rows, encoded.bad
+
+    def loader(self, data, features, mode):
+        options, transform = self.options, self.model.transform
+        if mode == "train":
+            transform = train_transform(options.image_size)
+        return get_loader(
             data, self.vocab, transform, features, mode, options.batch_size, options.seed,
-            options.workers if options.fine_tune else 0,
+            options.workers if features is None else 0, self.rank, self.world,
         )  # fmt: skip
-        return data, loader
+
+    # ------------------------------------------------------------------------ training
 
     def fit(self) -> list[dict]:
         """Train up to `options.epochs`, or until validation stops improving; return the history.
 
-        Every epoch ends with its checkpoint, so Ctrl-C loses no more than the epoch under way.
+        Every epoch ends with a checkpoint, and so does every `save_every`-th step: Ctrl-C loses
+        only what came after the last. SIGTERM, as Slurm sends it, is answered by saving at once.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.vocab.save(self.out / "vocabulary.json")
-        try:
-            while not self.finished():
-                self.history.append(self.run_epoch(len(self.history)))
-                print(summary(self.history[-1]), flush=True)
-                self.save()
-        except KeyboardInterrupt:
-            print(f"\nStopped; {len(self.history)} whole epochs are kept. Go on with --resume.")
-            raise
+        with only_run_in(self.out, self.rank), stop_on_sigterm() as stop:
+            if not self.history and not self.step and self.rank == 0:
+                forget_earlier_run(self.out)  # no file of it may be taken for one of this run
+                self.vocab.save(self.out / "vocabulary.json")
+            try:
+                while not self.finished():
+                    self.train_epoch(stop)
+                    self.history.append(self.validate())
+                    self.step, self.totals = 0, no_totals(self.device)
+                    self.save()
+                    say(describe(self.history[-1]))
+            except KeyboardInterrupt:
+                say(f"\nStopped: {len(self.history)} epochs are kept. Go on with --resume.")
+                raise
         return self.history
 
     def finished(self) -> bool:
@@ -167,56 +216,87 @@ class Trainer:
         best = losses.index(min(losses)) if losses else 0
         return len(losses) >= self.options.epochs or len(losses) - best > self.options.patience
 
-    def run_epoch(self, epoch) -> dict:
-        """One pass over all training captions, then validation; returns the line of the history."""
-        options, model = self.options, self.model.train()
+    def train_epoch(self, stop):
+        """Every training caption once, or, after an interruption, those still missing."""
+        options, epoch = self.options, len(self.history)
+        self.begun, self.clock = self.step, time.perf_counter()
+        self.model.train()
+        self.train_loader.batch_sampler.set_epoch(epoch, self.step)
         steps = len(self.train_loader)
-        self.train_loader.batch_sampler.set_epoch(epoch)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)  # nats, target tokens
-        start, captions_seen = time.perf_counter(), 0
-        bar = progress_bar(self.train_loader, f"epoch {epoch + 1}/{options.epochs}")
-        for step, (images, captions, _) in enumerate(bar):
+        bar = progress_bar(self.train_loader, f"epoch {epoch + 1}/{options.epochs}", self.step)
+        for images, captions, _ in bar:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(options, (epoch * steps + step) / steps)
+                group["lr"] = learning_rate(options, epoch + (self.step + 1) / steps)
             with fast_precision(self.device):
-                nll, tokens = caption_nll(model, images, captions, options.blind)
-            (nll / tokens).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+                nll, tokens = self.network(images, captions)
+            # DDP averages gradients over processes; this makes it the mean over all their targets.
+            (nll * self.world / all_sum(tokens)).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            total += torch.stack([nll.detach().double(), nll.new_tensor(tokens).double()])
-            captions_seen += len(captions)
-            if step % 20 == 0 and not bar.disable:  # reading the loss makes a GPU wait
-                bar.set_postfix(loss=f"{nll.item() / tokens:.3f}")
-        seconds = time.perf_counter() - start
-        train_loss = (total[0] / total[1]).item()
-        val_nll, val_tokens = evaluate(self.model, self.val_loader, options.blind)
+
+            self.step += 1
+            self.totals += torch.stack([nll.detach(), tokens]).to(self.totals)
+            if self.step % 20 == 0:  # not at every step: reading a number makes a GPU wait
+                bar.set_postfix(loss=f"{(self.totals[0] / self.totals[1]).item():.3f}")
+            stopping = self.must_stop(stop)
+            if stopping or (options.save_every and self.step % options.save_every == 0):
+                self.save()
+            if stopping:
+                say(f"\nTerminated; saved after step {self.step}. Go on with --resume.")
+                raise SystemExit(128 + signal.SIGTERM)
+
+    def must_stop(self, stop) -> bool:
+        """Has any process been told to end? They ask each other at every tenth step."""
+        if self.world == 1:
+            return stop.is_set()
+        return self.step % 10 == 0 and all_sum(self.totals.new_tensor(stop.is_set())).item() > 0
+
+    def validate(self) -> dict:
+        """A line of the history: what this epoch's training and the validation after it gave."""
+        nll, tokens = all_sum(self.totals).tolist()
+        seconds = time.perf_counter() - self.clock
+        share = 1 - self.begun / len(self.train_loader)  # below 1 in an epoch that was resumed
+        val_nll, val_tokens = evaluate(self.model, self.val_loader, self.options.blind)
         return {
-            "epoch": epoch + 1,
-            "train_loss": train_loss, "train_perplexity": perplexity(train_loss, 1),
+            "epoch": len(self.history) + 1,
+            "train_loss": nll / tokens, "train_perplexity": perplexity(nll, tokens),
             "val_loss": val_nll / val_tokens, "val_perplexity": perplexity(val_nll, val_tokens),
-            "captions_per_second": round(captions_seen / seconds, 1), "seconds": round(seconds, 1),
+            "captions_per_second": round(share * len(self.train_loader.dataset) / seconds, 1),
+            "seconds": round(seconds, 1),
         }  # fmt: skip
 
+    # ------------------------------------------------------------------------ files
+
     def save(self):
-        """best.pt if this epoch is the best, last.pt always, then the history."""
+        """last.pt with all that a resumption needs; after an epoch the history, and best.pt if due.
+
+        In this order a kill at any moment leaves files that a resumption brings to the same end.
+        """
+        rng = gather(get_rng(self.device))
+        totals = all_sum(self.totals)
+        if self.rank > 0:
+            return
+        losses = [line["val_loss"] for line in self.history]
         checkpoint = {
             "config": self.model.config,
             "model": self.model.state_dict(),
             "options": asdict(self.options),
             "history": self.history,
         }
-        losses = [line["val_loss"] for line in self.history]
-        if losses[-1] == min(losses):
+        if self.step == 0 and losses[-1] == min(losses):
             save_atomically(checkpoint, self.out / "best.pt")
         checkpoint |= {
             "optimizer": self.optimizer.state_dict(),
-            "rng": get_rng(self.device),
+            "rng": rng,
+            "step": self.step,
+            "totals": totals,
             "captions": self.captions_seen(),
         }
         save_atomically(checkpoint, self.out / "last.pt")
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write_atomically(lines, self.out / "history.jsonl")
+        if self.step == 0:
+            lines = "".join(json.dumps(line) + "\n" for line in self.history)
+            write_atomically(lines, self.out / "history.jsonl")
 
     def restore(self, checkpoint):
         """Go on from what `save` kept, exactly; refuse if model, data or recipe are others."""
@@ -228,19 +308,21 @@ class Trainer:
                 if name not in MAY_CHANGE and before.get(name) != value
             ]
             if checkpoint["captions"] != self.captions_seen():
-                changed.append("the captions are others")
-            if not changed:
-                self.model.load_state_dict(checkpoint["model"])
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-                self.history = checkpoint["history"]
-                set_rng(checkpoint["rng"], self.device)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                changed.append("the captions or their images are others")
+            if changed:
+                raise ValueError(f"cannot resume {self.out}: {'; '.join(changed)}")
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.history, self.step = checkpoint["history"], checkpoint["step"]
+            if self.rank == 0:
+                self.totals += checkpoint["totals"].to(self.totals)
+            if len(checkpoint["rng"]) == self.world:
+                set_rng(checkpoint["rng"][self.rank], self.device)
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(
                 f"{self.out / 'last.pt'} is not a run to go on with ({error}); "
                 "start anew with --overwrite"
             ) from None
-        if changed:
-            raise ValueError(f"cannot resume {self.out}: {'; '.join(changed)}")
 
     def captions_seen(self) -> str:
         """A fingerprint of what is trained and validated on."""
@@ -248,106 +330,68 @@ class Trainer:
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
     def report(self, beam_size=3) -> dict:
-        """Caption the validation images with best.pt, score them; write and return metrics."""
+        """Caption the validation images with best.pt, score them; write and return metrics.json."""
+        barrier()  # best.pt is complete when the first process gets here
         model = CaptionModel.from_checkpoint(self.out / "best.pt", self.device)
-        dataset = self.val_loader.dataset
-        loader = get_loader(
-            self.val_data, transform=dataset.transform, features=dataset.features, mode="test"
-        )
-        candidates = caption_split(model, loader, beam_size)
-        references = self.val_data.captions
-        scores, _ = caption_scores(candidates, references, tokenize, TOKENIZER)
-        training = [text for texts in self.train_data.captions for text in texts]
+        dataset, data = self.val_loader.dataset, self.val_data
+        loader = get_loader(data, transform=dataset.transform, features=dataset.features,
+                            mode="test", rank=self.rank, world=self.world)  # fmt: skip
+        shares = gather(caption_split(model, loader, beam_size))
+        candidates = interleave(shares)
         nll, tokens = evaluate(model, self.val_loader, self.options.blind)
+        training, references = (
+            [text for texts in split.captions for text in texts]
+            for split in (self.train_data, self.val_data)
+        )
+        scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
         metrics = {
-            "split": "validation", "images": len(self.val_data), "beam_size": beam_size,
+            "split": "validation", "images": len(data), "beam_size": beam_size,
             "val_perplexity": perplexity(nll, tokens),
-            "unk_rate": unk_rate([text for texts in references for text in texts],
-                                 self.vocab.index, tokenize),
+            "unk_rate": unk_rate(references, self.vocab.index, tokenize),
             **scores, **diagnostics(candidates, training, self.vocab.words, tokenize),
         }  # fmt: skip
-        write_atomically(json.dumps(metrics, indent=2), self.out / "metrics.json")
+        if self.rank == 0:
+            write_atomically(json.dumps(metrics, indent=2), self.out / "metrics.json")
         return metrics
 
 
-# ---------------------------------------------------------------------------- the steps of a run
-
-
-def caption_nll(model, images, captions, blind=False):
-    """Teacher forcing: the negative log-likelihood of a batch, summed, and its number of targets.
-
-    images: (B, 3, H, W), or pooled features (B, feature_size). captions: (B, T), on the CPU.
-    The last layer and the loss see real targets only, every word and `<end>`, no padding.
-    """
-    device = model.decoder.linear.weight.device
-    real = captions[:, 1:].flatten().ne(PAD).nonzero().squeeze(1)  # found on the CPU: no GPU wait
-    targets = captions[:, 1:].flatten()[real].to(device, non_blocking=True)
-    images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
-    features = model.encoder(torch.zeros_like(images) if blind else images)
-    hidden = model.decoder.hidden(features, captions).flatten(0, 1)  # (B * (T-1), hidden_size)
-    hidden = hidden.index_select(0, real.to(device, non_blocking=True))  # (targets, hidden_size)
-    logits = model.decoder.linear(hidden).float()  # (targets, vocab_size)
-    return F.cross_entropy(logits, targets, reduction="sum"), len(real)
-
-
-@torch.no_grad()
-def evaluate(model, loader, blind=False) -> tuple[float, int]:
-    """(total negative log-likelihood in nats, number of real targets) over a whole split."""
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for images, captions, _ in loader:
-        nll, tokens = caption_nll(model, images, captions, blind)
-        total, count = total + nll.double(), count + tokens
-    model.train(was_training)
-    return float(total), count
-
-
-def caption_split(model, loader, beam_size=3, max_len=20, **sampling) -> list[str]:
-    """A free-running caption for every image of a `get_loader(..., mode="test")`, in order."""
-    device = model.decoder.linear.weight.device
-    captions = []
-    for images, _ in loader:
-        with torch.no_grad():
-            features = model.encoder(images.to(device))
-        ids = model.decoder.sample(features, beam_size, max_len, **sampling)
-        captions += map(model.text, ids)
-    return captions
+# ---------------------------------------------------------------------------- parts of a run
 
 
 def learning_rate(options, epoch: float) -> float:
     """One cycle (Smith & Topin, 2017): linear rise over a tenth of the run, cosine fall to 0."""
-    progress = epoch / options.epochs
+    progress = min(epoch / options.epochs, 1.0)
     if progress < 0.1:
         return options.learning_rate * progress / 0.1
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
-def load_split(image_dir, captions_file) -> CaptionData:
-    data = CaptionData(image_dir, captions_file)
-    if data.uncaptioned:
-        print(f"{captions_file}: {len(data.uncaptioned)} images have no caption and are left out")
-    return data
-
-
-def announce(bad, data, skip):
-    """Say which images cannot be read; stop the run unless they may be skipped."""
-    names = "\n  ".join(bad[row] for row in sorted(bad))
-    found = f"{len(bad)} of {len(data)} images cannot be read:\n  {names}"
-    if not skip or len(bad) == len(data):
+def leave_out(splits, bad, skip):
+    """Name what cannot be used. Unreadable images stop the run, unless they may be left out."""
+    for split in splits:
+        if split.uncaptioned:
+            count = len(split.uncaptioned)
+            say(f"{split.captions_file}: {count} images have no caption and are left out")
+    reasons = [why for rows in bad for why in rows.values()]
+    if not reasons:
+        return
+    found = f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
+    if not skip:
         raise BadImageError(f"{found}\nreplace them, or leave them out with --skip-bad-images")
-    print(f"{found}\nleft out, with their captions")
+    say(f"{found}\nThey are left out, with their captions.")
+    for split, rows in zip(splits, bad, strict=True):
+        if len(rows) == len(split):
+            raise BadImageError(f"no image of {split.captions_file} can be read")
 
 
 def build_model(options, vocab) -> CaptionModel:
-    return CaptionModel(
-        vocab.words, options.backbone, options.weights, options.fine_tune,
-        options.image_size, options.embed_size, options.hidden_size, options.num_layers,
-        options.dropout, options.inject,
-    )  # fmt: skip
+    names = ("backbone", "weights", "fine_tune", "image_size", "embed_size", "hidden_size",
+             "num_layers", "dropout", "inject")  # fmt: skip
+    return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
 
 
 def pick_device(name) -> torch.device:
+    """The device of that name; "auto": the GPU, this process's own under torchrun, or the CPU."""
     if name != "auto":
         try:
             return torch.empty(0, device=name).device
@@ -355,60 +399,30 @@ def pick_device(name) -> torch.device:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def get_rng(device) -> dict:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def no_totals(device):
+    """Negative log-likelihood and number of targets so far; MPS has no float64, the CPU does."""
+    return torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
 
-def set_rng(states, device):
-    torch.set_rng_state(states["cpu"].cpu())
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
-
-
-def progress_bar(batches, title):
+def progress_bar(batches, title, done):
     """A bar on standard output, gone when it is full: a notebook keeps no trace of it."""
-    return tqdm(batches, title, leave=False, file=sys.stdout, mininterval=1, unit="batch")
+    return tqdm(batches, title, total=len(batches), initial=done, leave=False, unit="batch",
+                file=sys.stdout, mininterval=1, disable=rank_and_world()[0] > 0)  # fmt: skip
 
 
-def summary(line) -> str:
+def describe(line) -> str:
     """A line of the history, for people and grep."""
     return (
         f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.3f} "
         f"perplexity {line['train_perplexity']:.2f}  val loss {line['val_loss']:.3f} "
         f"perplexity {line['val_perplexity']:.2f}  {line['captions_per_second']:.0f} captions/s"
     )
-
-
-# ---------------------------------------------------------------------------- files
-
-
-def write_atomically(text: str, path: Path):
-    """The file appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def save_atomically(checkpoint, path: Path):
-    """torch.save, whole or not at all: a full disk or a power cut leaves the earlier file alone."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was saved "
-            "before is intact; free some space and go on with --resume"
-        ) from None
 
 
 # ---------------------------------------------------------------------------- command line
@@ -437,13 +451,14 @@ def parse(arguments=None) -> Options:
 def main(arguments=None) -> int:
     options = parse(arguments)
     try:
-        trainer = Trainer(options)
-        print(
-            f"{len(trainer.train_data)} training and {len(trainer.val_data)} validation images, "
-            f"{len(trainer.vocab)} words, on {trainer.device}"
-        )
-        trainer.fit()
-        print(json.dumps(trainer.report(), indent=2))
+        with process_group(pick_device(options.device)):
+            trainer = Trainer(options)
+            say(
+                f"{len(trainer.train_data)} images to train on and {len(trainer.val_data)} to "
+                f"validate, {len(trainer.vocab)} words, on {trainer.device}"
+            )
+            trainer.fit()
+            say(json.dumps(trainer.report(), indent=2))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,30 @@
+# make run        install, draw the dataset, execute the five notebooks; copies in runs/notebooks
+# make test       install, lint, run all tests
+# make notebooks  execute the notebooks and write the results into them
+# make clean      remove the environment, the drawn dataset and all runs
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test notebooks clean
+
+run: .venv/ready
+	$(BIN)/python run_notebooks.py
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+notebooks: .venv/ready
+	$(BIN)/python run_notebooks.py --in-place
+
+# uv installs in seconds what pip takes minutes for, and picks a matching torch and torchvision.
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv data/sample runs

@@ -1,0 +1,91 @@
+"""What lets a run be interrupted anywhere: files that are whole or not there, and a lock."""
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+def write_atomically(text: str, path: Path):
+    """The file appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_atomically(checkpoint, path: Path):
+    """torch.save, whole or not at all: a full disk or a power cut leaves the earlier file alone."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was saved "
+            "before is intact; free some space and go on with --resume"
+        ) from None
+
+
+def get_rng(device) -> dict:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng(states, device):
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+def forget_earlier_run(out: Path):
+    for name in ("last.pt", "best.pt", "history.jsonl", "metrics.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run_in(out: Path, rank=0):
+    """Make the folder and hold it for one run. Raises OSError if another run has it.
+
+    The system lets go of the lock when the process ends, however it ends.
+    """
+    if rank > 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise OSError(f"cannot write into {out} ({error.strerror}); choose another --out") from None
+    with lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OSError(f"another run is writing into {out}; choose another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+    """An event that SIGTERM sets, instead of ending the process at once."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    earlier = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, earlier)

@@ -1,0 +1,78 @@
+"""One process or many: the same calls work with and without torchrun.
+
+with process_group(device):          # does nothing unless torchrun started this process
+    rank, world = rank_and_world()   # 0, 1 without it
+    total = all_sum(total)           # the sum over all processes, for each of them
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)  # a process that waits longer for another ends with an error
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Join the other processes that torchrun started, and leave them in the end."""
+    if "RANK" not in os.environ or not dist.is_torchelastic_launched():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier():
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes."""
+    if dist.is_initialized():
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(thing) -> list:
+    """Every process's `thing`, in the order of their numbers, for each of them."""
+    rank, world = rank_and_world()
+    things = [thing] * world
+    if world > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def interleave(shares) -> list:
+    """Put together what was dealt out by `[rank::world]`."""
+    whole = [None] * sum(map(len, shares))
+    for rank, share in enumerate(shares):
+        whole[rank :: len(shares)] = share
+    return whole
+
+
+def parallel(module):
+    """The module with its gradients averaged over all processes; as it is if there is only one."""
+    if not dist.is_initialized():
+        return module
+    return torch.nn.parallel.DistributedDataParallel(module)
+
+
+def say(text):
+    """Print, once."""
+    if rank_and_world()[0] == 0:
+        print(text, flush=True)

@@ -1,0 +1,74 @@
+"""What training, validation and captioning do with one batch or one split.
+
+    nll, tokens = caption_nll(model, images, captions)      # teacher forcing
+    nll, tokens = evaluate(model, val_loader)               # the same, summed over a split
+    captions = caption_split(model, test_loader)            # free-running
+
+Wherever `images` are asked for, pooled CNN features (B, feature_size) do as well.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distributed import all_sum
+
+PAD = 0  # the index of <pad>
+
+
+def caption_nll(model, images, captions, blind=False):
+    """Teacher forcing: the negative log-likelihood of a batch, summed, and its number of targets.
+
+    images: (B, 3, H, W), or pooled features (B, feature_size). captions: (B, T), on the CPU.
+    The last layer and the loss see real targets only, every word and `<end>`, no padding.
+    """
+    device = model.decoder.linear.weight.device
+    real = captions[:, 1:].flatten().ne(PAD).nonzero().squeeze(1)  # found on the CPU: no GPU wait
+    targets = captions[:, 1:].flatten()[real].to(device, non_blocking=True)
+    images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
+    features = model.encoder(torch.zeros_like(images) if blind else images)
+    hidden = model.decoder.hidden(features, captions).flatten(0, 1)  # (B * (T-1), hidden_size)
+    hidden = hidden.index_select(0, real.to(device, non_blocking=True))  # (targets, hidden_size)
+    logits = model.decoder.linear(hidden).float()  # (targets, vocab_size)
+    return F.cross_entropy(logits, targets, reduction="sum"), len(real)
+
+
+class TeacherForcing(nn.Module):
+    """`caption_nll` as a module, since that is what DistributedDataParallel can wrap."""
+
+    def __init__(self, model, blind=False):
+        super().__init__()
+        self.model, self.blind = model, blind
+
+    def forward(self, images, captions):
+        nll, tokens = caption_nll(self.model, images, captions, self.blind)
+        return nll, nll.new_tensor(tokens)
+
+
+@torch.no_grad()
+def evaluate(model, loader, blind=False) -> tuple[float, int]:
+    """(total negative log-likelihood in nats, number of real targets) over a whole split.
+
+    Of several processes, each looks at the batches of its own loader, and all get the sums.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for images, captions, _ in loader:
+        nll, tokens = caption_nll(model, images, captions, blind)
+        total, count = total + nll.double(), count + tokens
+    model.train(was_training)
+    total, count = all_sum(torch.as_tensor([total, count], dtype=torch.float64)).tolist()
+    return total, int(count)
+
+
+def caption_split(model, loader, beam_size=3, max_len=20, **sampling) -> list[str]:
+    """A free-running caption for every image of a `get_loader(..., mode="test")`, in order."""
+    device = model.decoder.linear.weight.device
+    captions = []
+    for images, _ in loader:
+        with torch.no_grad():
+            features = model.encoder(images.to(device))
+        ids = model.decoder.sample(features, beam_size, max_len, **sampling)
+        captions += map(model.text, ids)
+    return captions

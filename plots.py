@@ -1,0 +1,73 @@
+"""What several notebooks draw. Each takes data and an optional `ax`, and returns the ax."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE, GREY = "#2a6f97", "#e07a3f", "#8d99ae"
+COLOURS = (BLUE, ORANGE, GREY, "black")
+
+
+def image_grid(images, titles=None, columns=4, width=3.0, wrap=30, colours=None):
+    """Images (PIL or arrays) in rows of `columns`, each with a text below it; returns the axes."""
+    rows = -(-len(images) // columns)
+    lines = max((text_block(title, wrap).count("\n") + 1 for title in titles or [""]), default=1)
+    height = rows * (width + 0.17 * lines + 0.1)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained"
+    )
+    for place, ax in enumerate(axes.flat):
+        ax.set_axis_off()
+        if place < len(images):
+            ax.imshow(images[place])
+            if titles:
+                colour = colours[place] if colours else "black"
+                text = text_block(titles[place], wrap)
+                ax.set_title(text, y=0, va="top", pad=-6, fontsize=9, color=colour)
+    return axes
+
+
+def text_block(text, wrap):
+    return "\n".join(textwrap.fill(line, wrap) for line in text.split("\n"))
+
+
+def bars(counts: dict, ax=None, xlabel="", ylabel="", horizontal=False, colour=BLUE):
+    """One bar per key of `counts`."""
+    ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    names = [str(name) for name in counts]
+    if horizontal:
+        ax.barh(names[::-1], list(counts.values())[::-1], color=colour)
+    else:
+        ax.bar(names, list(counts.values()), color=colour)
+    return dress(ax, xlabel, ylabel)
+
+
+def curves(series: dict, ax=None, xlabel="", ylabel="", x=None, colours=COLOURS):
+    """One line with dots per entry of `series`: name -> values."""
+    ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    for (name, values), colour in zip(series.items(), colours, strict=False):
+        ax.plot(x or range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=name)
+    if len(series) > 1:
+        ax.legend(frameon=False)
+    return dress(ax, xlabel, ylabel)
+
+
+def dress(ax, xlabel, ylabel):
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def token_table(rows: dict, ax=None):
+    """Sequences under each other, one box per token: name -> tokens ("" leaves a gap)."""
+    width = max(map(len, rows.values()))
+    ax = ax or plt.subplots(figsize=(0.9 * width + 1, 0.55 * len(rows) + 0.2))[1]
+    for line, (name, tokens) in enumerate(rows.items()):
+        ax.text(-0.65, -line, name, ha="right", va="center", weight="bold")
+        for place, token in enumerate(tokens):
+            if token:
+                box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": (BLUE, ORANGE)[line % 2]}
+                ax.text(place, -line, token, ha="center", va="center", fontsize=9, bbox=box)
+    ax.set(xlim=(-1.5, width - 0.4), ylim=(0.6 - len(rows), 0.6))
+    ax.set_axis_off()
+    return ax

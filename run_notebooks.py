@@ -1,0 +1,105 @@
+"""Execute the five notebooks in order, and say what came of it.
+
+    python run_notebooks.py                     # executed copies go to runs/notebooks
+    python run_notebooks.py --in-place          # refresh the committed notebooks themselves
+    python run_notebooks.py -p 'OPTIONS={"epochs": 1}' -p 'RUN_DIR="runs/quick"'
+
+`-p NAME=VALUE` (a Python literal) overrides a line of every notebook's parameters cell. A failing
+cell stops everything, with the notebook, the cell and the error.
+"""
+
+import argparse
+import ast
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")  # an error's terminal colours
+
+
+def execute(name, parameters, progress):
+    """Run one notebook; returns it with its outputs."""
+    notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = override(cell.source, parameters)
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": HERE}},
+        coalesce_streams=True,
+        on_cell_start=lambda cell, cell_index: progress(cell_index, len(notebook.cells)),
+    )  # fmt: skip
+    client.execute()
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # when each cell ran: noise in every diff
+    notebook.metadata.pop("widgets", None)
+    return notebook
+
+
+def override(source, parameters) -> str:
+    """The source of a parameters cell with the assigned values replaced; comments stay."""
+    lines = source.split("\n")
+    for statement in reversed(ast.parse(source).body):
+        name = statement.targets[0].id if isinstance(statement, ast.Assign) else None
+        if name in parameters:
+            lines[statement.lineno - 1 : statement.end_lineno] = [f"{name} = {parameters[name]!r}"]
+    return "\n".join(lines)
+
+
+def parameter(text):
+    name, _, value = text.partition("=")
+    return name.strip(), ast.literal_eval(value.strip())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-p", dest="parameters", action="append", default=[], type=parameter)
+    parser.add_argument("--in-place", action="store_true", help="write over the notebooks")
+    parser.add_argument("--out", type=Path, default=HERE / "runs" / "notebooks")
+    arguments = parser.parse_args()
+    parameters = dict(arguments.parameters)
+    out = HERE if arguments.in_place else arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning, no error
+    start = time.perf_counter()
+    with tqdm(total=len(NOTEBOOKS), bar_format="{desc} [{elapsed}]", file=sys.stdout) as bar:
+        for number, name in enumerate(NOTEBOOKS, start=1):
+
+            def show(cell, cells, number=number, name=name):
+                at = f"notebook {number}/5, {name}.ipynb, cell {cell + 1}/{cells}"
+                bar.set_description_str(at)
+
+            try:
+                notebook = execute(name, parameters, show)
+            except CellExecutionError as error:
+                bar.close()
+                print(f"error: in {bar.desc}:\n{COLOUR.sub('', str(error))}", file=sys.stderr)
+                return 1
+            nbformat.write(notebook, out / f"{name}.ipynb")
+            bar.update()
+    print(f"all five notebooks ran in {time.perf_counter() - start:.0f} s")
+    report = Path(HERE, parameters.get("RUN_DIR", "runs/sample"), "report.json")
+    print_report(json.loads(report.read_text(encoding="utf-8")), out)
+    return 0
+
+
+def print_report(report, out):
+    """The short table at the end; `report` is what 3_Inference wrote."""
+    pairs = report.pop("pairs")
+    for name, value in (report | {"notebooks": str(out)}).items():
+        print(f"  {name:24s} {value:.3f}" if isinstance(value, float) else f"  {name:24s} {value}")
+    for pair in pairs:
+        print(f"\n  actual     {pair['actual']}\n  predicted  {pair['predicted']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What the tests share: a dozen drawn photos with captions, and options for a model of toy size.
+
+Everything runs offline, on the CPU, with random weights.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from PIL import Image
+
+from train import Options
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.load_profile("patient")
+
+CAPTIONS = [
+    ["a cat", "a small grey cat", "one cat sits"],
+    ["a dog runs across the wide green grass", "a dog on grass"],
+    ["two men ride a red bus", "men on a bus to the old town"],
+    ["a cup", "a white cup of tea", "the cup on a table"],
+    ["a woman rides a horse along the beach at dusk", "a horse"],
+    ["a red kite", "the kite flies over the beach"],
+    ["an old clock on the wall of a station", "a clock"],
+    ["a plate of food", "food on a plate with a fork and a knife"],
+    ["a green bird", "a bird on a branch"],
+    ["two dogs", "two dogs play with a ball in the park"],
+    ["a boat on the lake", "a small boat"],
+    ["a street at night", "cars on a street at night in the rain"],
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Nothing here is big enough for a second thread to pay, and one is easier to reproduce."""
+    torch.set_num_threads(1)
+
+
+def write_dataset(folder: Path) -> Path:
+    """COCO's layout: folder/images/00.jpg .. 11.jpg, 48x48, and folder/captions.json."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for number, captions in enumerate(CAPTIONS):
+        blocks = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        name = f"{number:02}.jpg"
+        Image.fromarray(blocks).resize((48, 48), Image.Resampling.NEAREST).save(
+            folder / "images" / name
+        )
+        images.append({"id": 100 + number, "file_name": name})
+        for caption in captions:
+            annotation = {"id": len(annotations), "image_id": 100 + number, "caption": caption}
+            annotations.append(annotation)
+    content = {"images": images, "annotations": annotations}
+    (folder / "captions.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def tiny_options(folder: Path, **changes) -> Options:
+    """Options to train on `write_dataset(folder)` within a second or two."""
+    settings = {
+        "train_images": str(folder / "images"),
+        "train_captions": str(folder / "captions.json"),
+        "val_images": str(folder / "images"),
+        "val_captions": str(folder / "captions.json"),
+        "out": str(folder / "out"),
+        "cache": str(folder / "cache"),
+        "backbone": "mobilenet_v3_small",
+        "weights": None,
+        "image_size": 64,
+        "embed_size": 16,
+        "hidden_size": 16,
+        "threshold": 1,
+        "epochs": 2,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+    return Options(**{**settings, **changes})
+
+
+@pytest.fixture
+def dataset(tmp_path) -> Path:
+    """A dataset of the test's own, to be damaged at will."""
+    return write_dataset(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def shared_dataset(tmp_path_factory) -> Path:
+    """A dataset for a whole module, only to be read."""
+    return write_dataset(tmp_path_factory.mktemp("shared") / "data")
