@@ -89,7 +89,7 @@ def read_captions(captions_file) -> COCO:
     if problem:
         raise DataError(f"{path}: {problem}")
     coco = COCO()
-    coco.dataset = content
+    coco.dataset = {key: content[key] for key in ("images", "annotations")}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
@@ -109,6 +109,8 @@ def check_captions(content) -> str | None:
         if image["id"] in names:
             return f"image id {image['id']} is listed twice"
         names[image["id"]] = image["file_name"]
+    if len({type(image_id) for image_id in names}) > 1:
+        return "some image ids are numbers and some are text; make them one kind"
     wrong = []
     for place, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, dict):
@@ -124,8 +126,8 @@ def check_captions(content) -> str | None:
                 f"annotation {annotation.get('id', place)} is of image {annotation['image_id']}, "
                 "which 'images' does not list"
             )
-        else:
-            annotation.setdefault("id", place)
+        elif not isinstance(annotation.setdefault("id", place), (int, str)):
+            wrong.append(f"annotation number {place} has an id that is neither number nor text")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         return "; ".join(wrong[:3]) + more + "; correct or remove these entries"

@@ -8,11 +8,12 @@
 "folder"              one's own: DATA_DIR/images and DATA_DIR/captions.json in COCO's format
 """
 
+import json
 from pathlib import Path
 
 from data_loader import DataError, karpathy_splits, random_splits
 from download import download_coco
-from sample_data import write_sample
+from sample_data import SPLITS, write_sample
 
 THREE = {"train": 0.8, "val": 0.1, "test": 0.1}
 NAMES = ("sample", "coco2014", "coco2017", "folder")
@@ -36,7 +37,7 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     data_dir = Path(data_dir)
     work_dir = Path(work_dir or data_dir) / "splits"
     if name == "sample":
-        return write_sample(data_dir)
+        return write_sample(data_dir, sizes=sample_sizes(data_dir))
     if name == "folder":
         files = random_splits(data_dir / "captions.json", work_dir, THREE)
         return {split: (data_dir / "images", file) for split, file in files.items()}
@@ -53,6 +54,15 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     val_images, val_captions = found["val"]
     halves = random_splits(val_captions, work_dir, {"val": 0.5, "test": 0.5})
     return {"train": found["train"], **{s: (val_images, file) for s, file in halves.items()}}
+
+
+def sample_sizes(data_dir: Path) -> dict[str, int]:
+    """How many scenes each split has: as many as there are, or the usual number to draw."""
+    try:
+        captions = (data_dir / "annotations" / "captions_train.json").read_text(encoding="utf-8")
+        return json.loads(captions)["info"]["sizes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return SPLITS
 
 
 def find_coco(data_dir: Path, year: int) -> dict:

@@ -13,6 +13,7 @@ arXiv:1703.09137) compare the ways in which an image can enter the LSTM.
 
 import pickle
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
 def eval_transform(image_size: int = 224) -> v2.Compose:
     """Path or PIL image -> (3, image_size, image_size), normalised for ImageNet; deterministic."""
     return v2.Compose([
-        v2.Lambda(lambda source: load_image(source, image_size)),
+        v2.Lambda(partial(load_image, min_size=image_size)),
         v2.Resize(image_size, antialias=True),
         v2.CenterCrop(image_size),
         *_to_tensor(),
@@ -77,7 +78,7 @@ def train_transform(image_size: int = 224) -> v2.Compose:
     There is no mirroring on purpose: it would turn every "left" of a caption into a lie.
     """
     return v2.Compose([
-        v2.Lambda(lambda source: load_image(source, image_size)),
+        v2.Lambda(partial(load_image, min_size=image_size)),
         v2.RandomResizedCrop(image_size, scale=(0.7, 1.0), antialias=True),
         *_to_tensor(),
     ])  # fmt: skip
@@ -104,13 +105,20 @@ class EncoderCNN(nn.Module):
     cannot be downloaded.
     """
 
-    def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False):
+    def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False,
+                 image_size=224):  # fmt: skip
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
         self.fine_tune = fine_tune
         self.backbone.requires_grad_(fine_tune)
-        with torch.no_grad():
-            self.feature_size = self.backbone.eval()(torch.zeros(1, 3, 224, 224)).numel()
+        try:
+            with torch.no_grad():
+                image = torch.zeros(1, 3, image_size, image_size)
+                self.feature_size = self.backbone.eval()(image).numel()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{backbone} cannot see images of size {image_size}: {error}"
+            ) from None
         self.linear = nn.Linear(self.feature_size, embed_size)
 
     def train(self, mode=True):
@@ -156,7 +164,8 @@ def build_backbone(name, weights):
         try:
             net.load_state_dict({k: v for k, v in state.items() if not k.startswith(heads)})
         except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"{weights} does not hold weights of {name}: {error}") from None
+            reason = str(error)[:300]
+            raise ValueError(f"{weights} does not hold weights of {name}: {reason}") from None
     return net
 
 
@@ -185,10 +194,17 @@ def load_safely(path, map_location="cpu"):
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
+        if zipfile.is_zipfile(path):  # PyTorch does not check the sums that it writes
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors; it was not loaded, nor run") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is no PyTorch file at all; "
+            "it was not loaded, and nothing in it was run"
+        ) from None
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(f"{path} is damaged or not a PyTorch file ({error})") from None
 
 
@@ -221,6 +237,9 @@ class DecoderRNN(nn.Module):
         self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias_ih"):  # remember, until told otherwise: what was seen lasts
+                nn.init.ones_(bias[hidden_size : 2 * hidden_size])  # (Jozefowicz et al., 2015)
         if inject == "init":
             self.image_to_state = nn.Linear(embed_size, 2 * num_layers * hidden_size)
 
@@ -247,16 +266,16 @@ class DecoderRNN(nn.Module):
             h, c = state.permute(1, 2, 0, 3).contiguous()  # each (layers, B, size)
             return torch.tanh(h), c
         if self.inject == "pre":
-            return self.lstm(self.dropout(features).unsqueeze(1))[1]
+            return self.lstm(features.unsqueeze(1))[1]
         zeros = features.new_zeros(layers, len(features), size)
         return zeros, zeros
 
     def step(self, words, state, features):
         """Read words (B, T) from `state`; return the outputs (B, T, hidden_size) and new state."""
-        inputs = self.embedding(words)  # (B, T, embed_size)
+        inputs = self.dropout(self.embedding(words))  # (B, T, embed_size)
         if self.inject == "par":
             inputs = torch.cat([inputs, features.unsqueeze(1).expand_as(inputs)], dim=-1)
-        return self.lstm(self.dropout(inputs), state)
+        return self.lstm(inputs, state)
 
     @torch.no_grad()
     def sample(self, features, beam_size=1, max_len=20, temperature=0.0, top_k=None,
@@ -363,7 +382,7 @@ class CaptionModel(nn.Module):
         }  # fmt: skip
         self.words = list(words)
         self.transform = eval_transform(image_size)
-        self.encoder = EncoderCNN(embed_size, backbone, weights, fine_tune)
+        self.encoder = EncoderCNN(embed_size, backbone, weights, fine_tune, image_size)
         self.decoder = DecoderRNN(
             embed_size, hidden_size, len(self.words), num_layers, dropout, inject
         )
@@ -380,7 +399,8 @@ class CaptionModel(nn.Module):
             model.load_state_dict(checkpoint["model"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"{path} is not a checkpoint of this model ({type(error).__name__}: {error}); "
+                f"{path} is not a checkpoint of this model ({type(error).__name__}: "
+                f"{str(error)[:300]}); "
                 "train.py writes best.pt and last.pt"
             ) from None
         return model.to(device).eval()
@@ -404,11 +424,12 @@ class CaptionModel(nn.Module):
         device = self.decoder.linear.weight.device
         was_training, captions = self.training, []
         self.eval()
-        for start in range(0, len(images), batch_size):
-            batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
-            features = self.encoder(batch.to(device))
-            captions += map(
-                self.text, self.decoder.sample(features, beam_size, max_len, **sampling)
-            )
-        self.train(was_training)
+        try:
+            for start in range(0, len(images), batch_size):
+                batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
+                features = self.encoder(batch.to(device))
+                ids = self.decoder.sample(features, beam_size, max_len, **sampling)
+                captions += map(self.text, ids)
+        finally:
+            self.train(was_training)
         return captions

@@ -215,8 +215,8 @@ def fill(canvas: np.ndarray, words: list[str], shift: tuple[int, int], paints: d
     centres = 2 * np.arange(size, dtype=np.int64) + 1
     x, y = centres[None, cols] - dx, centres[rows, None] - dy
     colour = start + (end - start) * (y[..., None] - top) // max(1, bottom - top)
-    part, inside = canvas[rows, cols], covers(shape, n, width, x, y)
-    part[inside] += (colour.astype(np.int32) - part)[inside] * int(opacity or 100) // 100
+    part, inside = canvas[rows, cols], covers(shape, n, width, x, y)[..., None]
+    part += inside * ((colour.astype(np.int32) - part) * int(opacity or 100) // 100)
 
 
 def rgba(paint: str) -> np.ndarray:

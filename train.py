@@ -5,13 +5,12 @@
                     --out runs/coco
     python train.py ... --out runs/coco --resume       # go on after an interruption
 
-    history = train(Options(train_images=..., out="runs/mine"))     # the same, in a notebook
+    history = Trainer(Options(train_images=..., out="runs/mine")).fit()    # in a notebook
 
 Into `--out` go best.pt (the epoch with the best validation loss), last.pt (all that a resumption
 needs), history.jsonl (one line per epoch), vocabulary.json and metrics.json.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -49,71 +48,14 @@ from engine import TeacherForcing, caption_split, evaluate
 from features import encode_images, fast_precision, find_bad_images
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
 from model import BadImageError, CaptionModel, load_safely, train_transform
+from options import Options, parse
 from vocabulary import TOKENIZER, Vocabulary, tokenize
-
-
-def option(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Options:
-    """Everything a run depends on; the command line's flags are these fields."""
-
-    train_images: str = option(MISSING, "folder of the training images")
-    train_captions: str = option(MISSING, "their captions, a JSON in COCO's format")
-    val_images: str = option(MISSING, "folder of the validation images")
-    val_captions: str = option(MISSING, "their captions")
-    out: str = option(MISSING, "folder for checkpoints, history and metrics")
-    # the model
-    backbone: str = option("resnet50", "any torchvision classification network")
-    weights: str | None = option("DEFAULT", "torchvision's name, a state dict's path, or none")
-    fine_tune: bool = option(False, "train the CNN too: slow, nothing can be cached")
-    image_size: int = option(224, "side of the square the CNN sees, in pixels")
-    embed_size: int = option(512, "size of word and image embeddings")
-    hidden_size: int = option(512, "size of the LSTM's state")
-    num_layers: int = option(1, "LSTM layers")
-    dropout: float = option(0.5, "on the LSTM's inputs and outputs")
-    inject: str = option("pre", "how the image enters the LSTM: pre, par or init")
-    blind: bool = option(False, "show black images only: the no-image baseline")
-    threshold: int = option(5, "a word must occur this often in training to be in the vocabulary")
-    # the training
-    epochs: int = option(15, "passes over all training captions")
-    batch_size: int = option(128, "captions per step")
-    learning_rate: float = option(2e-3, "peak of a one-cycle schedule (AdamW)")
-    weight_decay: float = option(0.01, "AdamW's decay")
-    clip: float = option(5.0, "largest norm of the gradient")
-    patience: int = option(4, "stop after so many epochs without a better validation loss")
-    seed: int = option(0, "of initialisation, order and dropout")
-    # the machine
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int = option(0, "processes that load images")
-    cache: str = option("runs/cache", "folder for the frozen CNN's features")
-    skip_bad_images: bool = option(False, "leave out images that cannot be read, and name them")
-    overwrite: bool = option(False, "start anew in a folder that holds an earlier run")
-    resume: bool = option(False, "go on from last.pt in --out")
-    save_every: int = option(0, "also save after every so many steps; 0: after epochs only")
-
 
 # What may differ between a run and its resumption; all else would make it another run.
 MAY_CHANGE = {
     "epochs", "patience", "save_every", "device", "workers", "cache", "out", "resume", "overwrite",
     "train_images", "train_captions", "val_images", "val_captions",
 }  # fmt: skip
-
-# Drawn scenes are small and simple; every other dataset takes the defaults above.
-PRESETS = {
-    "sample": {
-        "backbone": "mobilenet_v3_small", "weights": "sample_encoder.pt", "image_size": 96,
-        "embed_size": 256, "hidden_size": 256, "dropout": 0.1, "epochs": 8, "learning_rate": 4e-3,
-    },
-}  # fmt: skip
-
-
-def options_for(dataset, splits, out, **changes) -> Options:
-    """The options for one of `datasets.NAMES`, given its `find_splits`; `changes` come last."""
-    files = [str(path) for split in ("train", "val") for path in splits[split]]
-    return Options(*files, out=str(out), **{**PRESETS.get(dataset, {}), **changes})
 
 
 class Trainer:
@@ -203,6 +145,8 @@ class Trainer:
                 while not self.finished():
                     self.train_epoch(stop)
                     self.history.append(self.validate())
+                    if not math.isfinite(self.history[-1]["val_loss"]):
+                        raise ValueError("the loss is no longer a number; lower --learning-rate")
                     self.step, self.totals = 0, no_totals(self.device)
                     self.save()
                     say(describe(self.history[-1]))
@@ -224,27 +168,42 @@ class Trainer:
         self.train_loader.batch_sampler.set_epoch(epoch, self.step)
         steps = len(self.train_loader)
         bar = progress_bar(self.train_loader, f"epoch {epoch + 1}/{options.epochs}", self.step)
+        targets = 0
         for images, captions, _ in bar:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(options, epoch + (self.step + 1) / steps)
             with fast_precision(self.device):
                 nll, tokens = self.network(images, captions)
-            # DDP averages gradients over processes; this makes it the mean over all their targets.
-            (nll * self.world / all_sum(tokens)).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-            self.step += 1
+            nll.backward()  # gradients add up until the optimizer's step
             self.totals += torch.stack([nll.detach(), tokens]).to(self.totals)
+            targets = targets + tokens
+            self.step += 1
+            if self.step % options.accumulate and self.step < steps:
+                continue
+
+            self.update(learning_rate(options, epoch + self.step / steps), targets)
+            targets = 0
             if self.step % 20 == 0:  # not at every step: reading a number makes a GPU wait
                 bar.set_postfix(loss=f"{(self.totals[0] / self.totals[1]).item():.3f}")
             stopping = self.must_stop(stop)
-            if stopping or (options.save_every and self.step % options.save_every == 0):
+            if stopping or self.is_time_to_save():
                 self.save()
             if stopping:
                 say(f"\nTerminated; saved after step {self.step}. Go on with --resume.")
                 raise SystemExit(128 + signal.SIGTERM)
+
+    def is_time_to_save(self) -> bool:
+        every = self.options.save_every
+        return every > 0 and self.step % every < self.options.accumulate
+
+    def update(self, rate, targets):
+        """One step of the optimizer, by the mean gradient over the targets of all processes."""
+        # DDP has averaged the gradients over the processes, hence `world`.
+        scale = self.world / all_sum(targets)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+            torch._foreach_mul_([w.grad for w in group["params"]], scale)
+            torch.nn.utils.clip_grad_norm_(group["params"], self.options.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def must_stop(self, stop) -> bool:
         """Has any process been told to end? They ask each other at every tenth step."""
@@ -336,7 +295,7 @@ class Trainer:
         dataset, data = self.val_loader.dataset, self.val_data
         loader = get_loader(data, transform=dataset.transform, features=dataset.features,
                             mode="test", rank=self.rank, world=self.world)  # fmt: skip
-        shares = gather(caption_split(model, loader, beam_size))
+        shares = gather(caption_split(model, loader, beam_size, blind=self.options.blind))
         candidates = interleave(shares)
         nll, tokens = evaluate(model, self.val_loader, self.options.blind)
         training, references = (
@@ -428,29 +387,9 @@ def describe(line) -> str:
 # ---------------------------------------------------------------------------- command line
 
 
-def parse(arguments=None) -> Options:
-    """The command line's flags are the fields of Options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for f in fields(Options):
-        flag, settings = "--" + f.name.replace("_", "-"), {"help": f.metadata["help"]}
-        if f.type in (bool, "bool"):
-            settings["action"] = "store_true"
-        elif f.default is MISSING:
-            settings["required"] = True
-        else:
-            settings |= {"default": f.default, "type": type(f.default)}
-        parser.add_argument(flag, **settings)
-    options = Options(**vars(parser.parse_args(arguments)))
-    if str(options.weights).lower() == "none":
-        options.weights = None
-    return options
-
-
 def main(arguments=None) -> int:
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         with process_group(pick_device(options.device)):
             trainer = Trainer(options)
             say(

@@ -108,7 +108,7 @@ class Vocabulary:
             return cls(content["words"], int(content["threshold"]))
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no vocabulary at {path}; train first") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a vocabulary written by Vocabulary.save ({error}); "
                 "delete it and build it again from the training captions"

@@ -1,14 +1,18 @@
 """What the tests share: a dozen drawn photos with captions, and options for a model of toy size.
 
-Everything runs offline, on the CPU, with random weights.
+Everything runs offline, on the CPU, with a random network that sees: see `wake`.
 """
 
+import functools
 import json
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import settings
 from PIL import Image
 
@@ -16,6 +20,8 @@ from train import Options
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
+
+SCRATCH = tempfile.TemporaryDirectory()  # it goes when Python does
 
 CAPTIONS = [
     ["a cat", "a small grey cat", "one cat sits"],
@@ -37,6 +43,29 @@ CAPTIONS = [
 def one_thread():
     """Nothing here is big enough for a second thread to pay, and one is easier to reproduce."""
     torch.set_num_threads(1)
+
+
+def wake(network):
+    """Fit a random network's BatchNorm to noise; else its features fade to 1e-9, layer by layer.
+
+    With such features a test could not tell one image from another, nor right from wrong.
+    """
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # take the statistics as they are
+    blocks = 4 * torch.rand(32, 3, 4, 4) - 2
+    with torch.no_grad():
+        network.train()(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3))
+    return network.eval()
+
+
+@functools.cache
+def seeing_weights() -> str:
+    """A state dict of mobilenet_v3_small, in a file."""
+    torch.manual_seed(0)
+    network = wake(torchvision.models.mobilenet_v3_small(weights=None))
+    torch.save(network.state_dict(), f"{SCRATCH.name}/weights.pt")
+    return f"{SCRATCH.name}/weights.pt"
 
 
 def write_dataset(folder: Path) -> Path:
@@ -69,16 +98,28 @@ def tiny_options(folder: Path, **changes) -> Options:
         "out": str(folder / "out"),
         "cache": str(folder / "cache"),
         "backbone": "mobilenet_v3_small",
-        "weights": None,
+        "weights": seeing_weights(),
         "image_size": 64,
         "embed_size": 16,
         "hidden_size": 16,
         "threshold": 1,
         "epochs": 2,
         "batch_size": 8,
+        "accumulate": 1,
         "device": "cpu",
     }
     return Options(**{**settings, **changes})
+
+
+def command_line(options):
+    """The command that stands for `options`."""
+    return [word for f in fields(Options) for word in flag(f.name, getattr(options, f.name))]
+
+
+def flag(name, value):
+    """An option as words of the command line."""
+    name = "--" + name.replace("_", "-")
+    return [name] * value if isinstance(value, bool) else [name, str(value)]
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from conftest import seeing_weights
 from PIL import Image
 
 import features
-import model
 from features import encode_images, find_bad_images
 from model import EncoderCNN, eval_transform
 
@@ -19,7 +19,7 @@ transform = eval_transform(64)
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    return EncoderCNN(16, "mobilenet_v3_small", weights=None)
+    return EncoderCNN(16, "mobilenet_v3_small", weights=seeing_weights())
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +36,13 @@ def paths(dataset):
 @pytest.fixture
 def decoded(monkeypatch):
     """The files that were decoded, one entry each time."""
-    files, load = [], model.load_image
+    files, opened = [], Image.open
 
-    def count(source, min_size=None):
+    def count(source):
         files.append(source)
-        return load(source, min_size)
+        return opened(source)
 
-    monkeypatch.setattr(model, "load_image", count)
+    monkeypatch.setattr(Image, "open", count)
     return files
 
 
@@ -57,16 +57,16 @@ def test_cached_features(encoder, paths, tmp_path):
     """A row is the pooled features of its image, in half precision."""
     found = encode_images(encoder, paths, transform, tmp_path, batch_size=5)
     assert found.rows.dtype == np.float16 and found.bad == {}
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
 
 
 def test_encoder_keeps_its_mode(paths, tmp_path):
     """Encoding happens in eval mode, and leaves a fine-tuned encoder in the mode it was in."""
     torch.manual_seed(0)
-    encoder = EncoderCNN(16, "mobilenet_v3_small", weights=None, fine_tune=True).train()
+    encoder = EncoderCNN(16, "mobilenet_v3_small", seeing_weights(), fine_tune=True).train()
     found = encode_images(encoder, paths, transform, tmp_path)
     assert encoder.training and encoder.backbone.training
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
 
 
 def test_second_call_encodes_nothing(encoder, paths, tmp_path, decoded):
@@ -82,7 +82,7 @@ def test_second_call_encodes_nothing(encoder, paths, tmp_path, decoded):
 def test_other_input_is_encoded_anew(paths, tmp_path, decoded, changed):
     """Features of other weights, images or another image size are never taken for these."""
     torch.manual_seed(0)
-    encoder, size = EncoderCNN(16, "mobilenet_v3_small", weights=None), 64
+    encoder, size = EncoderCNN(16, "mobilenet_v3_small", seeing_weights()), 64
     encode_images(encoder, paths, eval_transform(size), tmp_path)
     decoded.clear()
     if changed == "weights":
@@ -97,7 +97,7 @@ def test_other_input_is_encoded_anew(paths, tmp_path, decoded, changed):
     assert decoded == paths
     with torch.no_grad():
         expected = encoder.pool(torch.stack([eval_transform(size)(path) for path in paths]))
-    np.testing.assert_allclose(found.rows, expected.numpy(), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found.rows, expected.numpy(), rtol=2e-3, atol=1e-3)
 
 
 def test_image_of_the_same_size_and_another_time(encoder, paths, tmp_path, decoded):
@@ -127,7 +127,7 @@ def test_interruption(encoder, paths, tmp_path, decoded, monkeypatch):
     decoded.clear()
     found = encode_images(encoder, paths, transform, tmp_path, batch_size=2)
     assert decoded == paths[4:]  # 6 were encoded, 4 were noted
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut off", "gone"])
@@ -142,7 +142,7 @@ def test_damaged_file(encoder, paths, tmp_path, damage, capsys):
     else:
         file.write_bytes(content if damage == "a byte" else content[:-100])
     found = encode_images(encoder, paths, transform, tmp_path)
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-5)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
 
 
 def test_bad_images(encoder, paths, tmp_path):
@@ -157,7 +157,7 @@ def test_bad_images(encoder, paths, tmp_path):
         assert not found.rows[[2, 3, 11]].any()
         good = [path for row, path in enumerate(paths) if row not in found.bad]
         np.testing.assert_allclose(
-            np.delete(found.rows, [2, 3, 11], axis=0), directly(encoder, good), rtol=2e-3, atol=1e-5
+            np.delete(found.rows, [2, 3, 11], axis=0), directly(encoder, good), rtol=2e-3, atol=1e-3
         )
 
 

@@ -8,9 +8,9 @@ import torch
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from engine import caption_nll
 from metrics import caption_scores, diagnostics, java_scores, perplexity, unk_rate
 from model import CaptionModel
-from engine import caption_nll
 from vocabulary import TOKENIZER, tokenize
 
 CANDIDATES = ["a dog runs on the grass", "a red bus in the street", "two cats sleep"]

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import seeing_weights, wake
 from naive import NaiveDecoder, log_softmax
 from PIL import Image
 
+from engine import caption_nll
 from model import (
     BadImageError,
     CaptionModel,
@@ -26,7 +28,6 @@ from model import (
     load_safely,
     train_transform,
 )
-from engine import caption_nll
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
@@ -36,26 +37,30 @@ SMALL = "mobilenet_v3_small"
 
 
 def tiny_model(**changes):
-    settings = {"backbone": SMALL, "weights": None, "image_size": 64}
+    settings = {"backbone": SMALL, "weights": seeing_weights(), "image_size": 64}
     return CaptionModel(WORDS, **{**settings, "embed_size": 16, "hidden_size": 16, **changes})
 
 
 @pytest.fixture(scope="module")
 def model():
-    """A model that the tests only look at."""
+    """A model that the tests only look at; its captions are nonsense, another for each image."""
     torch.manual_seed(0)
-    return tiny_model().eval()
+    model = tiny_model(inject="par").eval()
+    for weight in [*model.decoder.parameters(), *model.encoder.linear.parameters()]:
+        torch.nn.init.normal_(weight)
+    return model
 
 
 @pytest.fixture(scope="module")
 def photos(shared_dataset):
-    return sorted((shared_dataset / "images").iterdir())[:3]
+    return sorted((shared_dataset / "images").iterdir())[:6]
 
 
 # ---------------------------------------------------------------------------- decoder
 
 shapes_of_decoder = pytest.mark.parametrize(
-    "inject, num_layers", [(inject, layers) for inject in ("pre", "par", "init") for layers in (1, 2)]
+    "inject, num_layers",
+    [(inject, layers) for inject in ("pre", "par", "init") for layers in (1, 2)],
 )
 
 
@@ -232,7 +237,7 @@ def test_unknown_backbone():
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(6)
-    return torchvision.models.get_model(SMALL, weights=None).eval()
+    return wake(torchvision.models.get_model(SMALL, weights=None))
 
 
 @pytest.mark.parametrize("kept", ["everything", "no classifier", "half precision"])
@@ -258,13 +263,13 @@ def test_weights_of_googlenet(tmp_path):
 
     torchvision feeds it images normalised in its own way, whenever it loads trained weights.
     """
-    network = torchvision.models.googlenet(weights=None, init_weights=False).eval()
+    network = wake(torchvision.models.googlenet(weights=None, init_weights=False))
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     encoder = EncoderCNN(16, "googlenet", weights=tmp_path / "weights.pt").eval()
     network.fc, network.transform_input = torch.nn.Identity(), True
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.pool(images), network(images))
+        torch.testing.assert_close(encoder.pool(images), network(images), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("content", ["another network", "a tensor", "a list", "other keys"])
@@ -317,7 +322,7 @@ def test_checkpoint_round_trip(checkpoint, model, photos):
     """A model from a checkpoint gives the same logits, to the bit, and the same captions."""
     loaded = CaptionModel.from_checkpoint(checkpoint)
     images = torch.stack([model.transform(photo) for photo in photos])
-    assert torch.equal(loaded(images, CAPTIONS), model(images, CAPTIONS))
+    assert torch.equal(loaded(images[:3], CAPTIONS), model(images[:3], CAPTIONS))
     assert loaded.caption(photos) == model.caption(photos)
     assert not loaded.training
 
@@ -332,7 +337,7 @@ def test_truncated_checkpoint(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello", b"\x80\x02.", b"\x80\x02}q", b"PK\x03\x04", bytes(1000), b"(lp0\n."]
+    "content", [b"hello", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
 )
 def test_foreign_file(tmp_path, content):
     """A file that PyTorch did not write is an error that names it, whatever its bytes."""
@@ -389,7 +394,7 @@ def test_one_road_for_every_image(model, photos):
     """A path, its string, the open image and the steps by hand all give the same caption."""
     features = model.encoder(torch.stack([model.transform(photo) for photo in photos]))
     by_hand = [model.text(ids) for ids in model.decoder.sample(features, beam_size=3)]
-    assert all(isinstance(caption, str) and caption for caption in by_hand)
+    assert all(isinstance(caption, str) for caption in by_hand) and len(set(by_hand)) > 2
     assert model.caption(photos) == by_hand
     assert model.caption([str(photo) for photo in photos]) == by_hand
     assert model.caption([Image.open(photo) for photo in photos]) == by_hand
@@ -485,8 +490,8 @@ def test_reduced_decoding(tmp_path):
     waves = [np.sin(x / 30), np.cos(y / 20), np.sin((x + y) / 40)]
     large = Image.fromarray((127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8))
     path = saved(large, tmp_path / "large.jpg", quality=95)
-    reduced = load_image(path, min_size=64)
-    assert 64 <= min(reduced.size) < 600
+    reduced = load_image(path, min_size=200)
+    assert 200 <= min(reduced.size) < 600
     full, reduced = (image.resize((64, 64)) for image in (load_image(path), reduced))
     assert np.abs(np.asarray(full, dtype=int) - np.asarray(reduced)).mean() < 2
 
