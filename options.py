@@ -34,7 +34,7 @@ class Options:
     blind: bool = option(False, "show zeros instead of images: the no-image baseline")
     threshold: int = option(5, "a word must occur this often in training to be in the vocabulary")
     # the training
-    epochs: int = option(12, "passes over all training captions")
+    epochs: int = option(10, "passes over all training captions")
     batch_size: int = option(64, "captions per batch; those of a batch are of like length")
     accumulate: int = option(2, "batches per step of the optimizer, to mix lengths")
     learning_rate: float = option(2e-3, "peak of a one-cycle schedule (AdamW)")

@@ -10,6 +10,8 @@ cell stops everything, with the notebook, the cell and the error.
 
 import argparse
 import ast
+import base64
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -41,8 +44,19 @@ def execute(name, parameters, progress):
     client.execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when each cell ran: noise in every diff
+        for output in cell.get("outputs", []):
+            shrink(output.get("data", {}))
     notebook.metadata.pop("widgets", None)
     return notebook
+
+
+def shrink(data, limit=60_000):
+    """Turn a figure full of pictures from PNG into JPEG, a fifth of the size."""
+    if len(data.get("image/png", "")) > limit:
+        figure = Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
+        file = io.BytesIO()
+        figure.convert("RGB").save(file, "JPEG", quality=75, optimize=True)
+        data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
 
 
 def override(source, parameters) -> str:
