@@ -262,13 +262,11 @@ class DecoderRNN(nn.Module):
         """
         layers, size = self.lstm.num_layers, self.lstm.hidden_size
         if self.inject == "init":
-            state = self.image_to_state(self.dropout(features)).view(
-                -1, 2, layers, size
-            )  # (B, 2, layers, size)
+            state = self.image_to_state(features).view(-1, 2, layers, size)  # (B, 2, layers, size)
             h, c = state.permute(1, 2, 0, 3).contiguous()  # each (layers, B, size)
             return torch.tanh(h), c
         if self.inject == "pre":
-            return self.lstm(self.dropout(features).unsqueeze(1))[1]
+            return self.lstm(features.unsqueeze(1))[1]
         zeros = features.new_zeros(layers, len(features), size)
         return zeros, zeros
 
@@ -276,7 +274,7 @@ class DecoderRNN(nn.Module):
         """Read words (B, T) from `state`; return the outputs (B, T, hidden_size) and new state."""
         inputs = self.dropout(self.embedding(words))  # (B, T, embed_size)
         if self.inject == "par":
-            seen = self.dropout(features).unsqueeze(1).expand_as(inputs)
+            seen = features.unsqueeze(1).expand_as(inputs)
             inputs = torch.cat([inputs, seen], dim=-1)  # (B, T, 2 * embed_size)
         return self.lstm(inputs, state)
 

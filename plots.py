@@ -12,7 +12,7 @@ def image_grid(images, titles=None, columns=4, width=3.0, wrap=30, colours=None)
     """Images (PIL or arrays) in rows of `columns`, each with a text below it; returns the axes."""
     rows = -(-len(images) // columns)
     lines = max((text_block(title, wrap).count("\n") + 1 for title in titles or [""]), default=1)
-    height = rows * (width + 0.17 * lines + 0.1)
+    height = rows * (width + 0.19 * lines + 0.25)
     fig, axes = plt.subplots(
         rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained"
     )

@@ -38,7 +38,7 @@ def execute(name, parameters, progress):
             cell.source = override(cell.source, parameters)
     client = NotebookClient(
         notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": HERE}},
-        coalesce_streams=True,
+        coalesce_streams=True, extra_arguments=["--log-level=40"],  # errors, no chatter
         on_cell_start=lambda cell, cell_index: progress(cell_index, len(notebook.cells)),
     )  # fmt: skip
     client.execute()
