@@ -62,7 +62,7 @@ class Options:
 PRESETS = {
     "sample": {
         "backbone": "mobilenet_v3_small", "weights": "sample_encoder.pt", "image_size": 96,
-        "embed_size": 256, "hidden_size": 256, "dropout": 0.0, "inject": "par", "epochs": 8,
+        "embed_size": 128, "hidden_size": 256, "dropout": 0.0, "inject": "par", "epochs": 10,
         "batch_size": 32, "learning_rate": 3e-3,
     },
 }  # fmt: skip
