@@ -1,0 +1,270 @@
+"""How fast is every stage, and how much faster than the classic captioning loop?
+
+    python benchmarks/bench.py                                   # on data of its own, 8 minutes
+    python benchmarks/bench.py --images photos --captions captions.json
+    python benchmarks/bench.py --quick                           # does it run? no meaningful number
+    python benchmarks/bench.py --coco                            # instead: a split of COCO's size
+
+Prints a table and writes it into `--out`: bench.json and scaling.png, or coco.json. This project
+and the classic loop (classic.py) take turns in short rounds whose medians are compared, so that
+whatever else the machine does slows down both. Runs on the GPU if there is one.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# The project's modules lie one folder up, where `python benchmarks/bench.py` would not look.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib
+import torch
+from coco_size import coco
+from made_data import make_data, write_captions
+from measure import (
+    alternate,
+    forward_flops,
+    memory_rows,
+    padding_row,
+    progress,
+    timed,
+    training_flops,
+    with_share,
+)
+from stages import (
+    Setting,
+    data,
+    ours_decoding,
+    ours_training,
+    ours_vocabulary,
+    trainer,
+)
+
+from features import fast_precision
+
+EPOCHS = 10  # of the whole run that is extrapolated
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        setting, source = prepare(args, folder)
+        report = {"machine": machine(), "data": source}
+        print(describe(report), flush=True)
+        report |= coco(setting, args.quick) if args.coco else all_stages(setting, args.quick)
+    print("\n" + describe(report) + "\n\n" + table(report["rows"]))
+    file = out / ("coco.json" if args.coco else "bench.json")
+    file.write_text(json.dumps(report, indent=2))
+    print(f"\nWritten: {file}", end="")
+    if "scaling" in report:
+        draw_scaling(report["scaling"], out / "scaling.png")
+        print(f", {out / 'scaling.png'}", end="")
+    print()
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description="Time every stage against the classic loop.")
+    parser.add_argument("--images", help="folder of photos; without it, the data is made up")
+    parser.add_argument("--captions", help="their captions, a JSON in COCO's format")
+    parser.add_argument("--backbone", default="resnet50", help="any torchvision network")
+    parser.add_argument("--weights", default="none", help="torchvision's name, a file, or none")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--coco", action="store_true", help="instead: a made-up split like COCO")
+    parser.add_argument("--out", default="runs/bench", help="folder for the results")
+    args = parser.parse_args(arguments)
+    if bool(args.images) != bool(args.captions):
+        parser.error("--images and --captions go together")
+    return args
+
+
+def prepare(args, folder):
+    """(what to work on, in words where it is from); data is made up in `folder` if need be."""
+    if args.images:
+        images, captions = args.images, args.captions
+        source = f"{Path(args.captions).name}, with its photos"
+    else:
+        progress("making up photos and captions")
+        images, captions = make_data(folder, args.quick)
+        source = "made up: drawn photos of 640x480 pixels, random captions of COCO's lengths"
+    weights = None if args.weights.lower() == "none" else args.weights
+    setting = Setting(folder, images, captions, args.backbone, weights)
+    if args.quick:
+        setting = replace(setting, batch_size=4, tokenised=1_000, decoded=16)
+        source += "; tiny sizes, the numbers mean nothing"
+    return setting, source
+
+
+def all_stages(setting, quick):
+    """Measure everything; the parts of the report."""
+    seconds = 0.1 if quick else 3
+    rows = [*vocabulary_rows(setting, seconds), alternate(setting, "image pipeline", seconds)]
+    rows += encoding_rows(setting, seconds)
+    rows += training_rows(setting, seconds)
+    rows += [alternate(setting, stage, seconds) for stage in ("greedy decoding", "beam 3 decoding")]
+    rows.append(whole_run(setting, rows))
+    encoding_rate = next(row["ours"] for row in rows if row["stage"] == "encoding")
+    sizes = (100, 200) if quick else (1_000, 2_000, 4_000, 6_000)
+    costs = scaling(setting, sizes, seconds / 2, encoding_rate)
+    rows += memory_rows(setting)
+    return {"rows": rows, "scaling": costs}
+
+
+def vocabulary_rows(setting, seconds):
+    """For the first time, and once more: whatever the project keeps would show as a difference."""
+    again = alternate(setting, "vocabulary", seconds)
+    ours = again["first_round"][0]
+    first = again | {"stage": "vocabulary, first time", "ours": ours, "rounds": None}
+    first["ratio"] = ours / again["classic"]  # which keeps nothing, so it is always the first time
+    if again["ours"] < 2 * ours:
+        again["note"] = "no cache: measured again"
+    return [first, again]
+
+
+def encoding_rows(setting, seconds):
+    precision = default_precision(setting.device)
+    flops = forward_flops(setting)
+    forward = with_share(setting, "encoder forward", seconds, precision, lambda _: flops)
+    whole = alternate(setting, "encoding", seconds)
+    whole["of_limit"] = whole["ours"] / forward["ours"]
+    whole["note"] = "limit: the encoder's forward pass alone"
+    return [forward, whole]
+
+
+def training_rows(setting, seconds):
+    """The project's own precision first, and float32 too where that is another."""
+    precision = default_precision(setting.device)
+    stages = {"training step": precision, "training step, float32": "float32"}
+    if precision == "float32":
+        del stages["training step, float32"]
+
+    def flops(batches):
+        return training_flops(trainer(setting), batches)
+
+    rows = [with_share(setting, stage, seconds, kind, flops) for stage, kind in stages.items()]
+    return [*rows, padding_row(trainer(setting), setting.batch_size)]
+
+
+def default_precision(device):
+    """What the project computes in on this device."""
+    with fast_precision(device):
+        return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
+
+
+# ---------------------------------------------------------------------------- the whole
+
+
+def whole_run(setting, rows):
+    """Minutes of a whole run, put together from the measured rates; validation is left out."""
+    images, captions = len(data(setting)), sum(map(len, data(setting).captions))
+    rate = {row["stage"]: row for row in rows}
+
+    def minutes(side, *encoding):
+        seconds = captions / rate["vocabulary"][side] + sum(encoding)
+        return (seconds + EPOCHS * captions / rate["training step"][side]) / 60
+
+    ours = minutes("ours", images / rate["encoding"]["ours"])
+    other = minutes("classic")
+    return {"stage": f"whole run, {EPOCHS} epochs", "unit": "minutes", "ours": ours,
+            "classic": other, "ratio": other / ours, "of_limit": None,
+            "note": f"extrapolated: {images:,} images, {captions:,} captions"}  # fmt: skip
+
+
+def scaling(setting, sizes, seconds, encoding_rate):
+    """Seconds that each stage takes for so many images, five captions each.
+
+    The vocabulary is really built. Encoding follows from the rate measured before, an epoch from a
+    few batches of that size's own loader, decoding from 128 of its images.
+    """
+    costs = {"vocabulary": [], "encoding (estimated)": [], "one epoch (extrapolated)": [],
+             "beam 3 decoding (extrapolated)": []}  # fmt: skip
+    for size in sizes:
+        progress(f"scaling: {size:,} images")
+        file = Path(setting.folder) / f"captions-{size}.json"
+        write_captions(file, size)
+        this = replace(setting, images=setting.folder, captions=str(file), tokenised=5 * size)
+        rates = []
+        for work in (ours_vocabulary(this), ours_training(this), ours_decoding(3, this, 128)):
+            first, took = timed(work.run, work.smallest, this.device)
+            count = min(max(round(work.smallest * seconds / took), work.smallest), work.largest)
+            rates.append(max(first, timed(work.run, count, this.device)[0]))
+        vocabulary, training, decoding = rates
+        taken = (5 * size / vocabulary, size / encoding_rate, 5 * size / training, size / decoding)
+        for cost, value in zip(costs.values(), taken, strict=True):
+            cost.append(value)
+    return {"images": list(sizes), "seconds": costs}
+
+
+# ---------------------------------------------------------------------------- the report
+
+
+def machine():
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return {
+        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(), **{name: version(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def describe(report):
+    """The machine and the data in two lines."""
+    facts = {name: fact for name, fact in report["machine"].items() if fact is not None}
+    facts["load"] = f"{facts['load']:.1f} at the start" if "load" in facts else "unknown"
+    return ", ".join(f"{name} {fact}" for name, fact in facts.items()) + f"\ndata: {report['data']}"
+
+
+def table(rows):
+    head = ("stage", "this project", "classic", "", "ratio", "of limit", "")
+    lines = [head, *map(cells, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in (1, 2, 4, 5) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def cells(row):
+    ratio = f"{number(row['ratio'])}x" if row["ratio"] else ""
+    share = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
+    return (row["stage"], number(row["ours"]), number(row["classic"]), row["unit"], ratio, share,
+            row["note"])  # fmt: skip
+
+
+def number(value):
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def draw_scaling(costs, path):
+    matplotlib.use("Agg")  # draws into a file, without a screen
+    from plots import curves, plt
+
+    ax = plt.subplots(figsize=(9, 4), layout="constrained")[1]
+    curves(costs["seconds"], ax, xlabel="images", ylabel="seconds", x=costs["images"])
+    ax.set(xscale="log", yscale="log", title="Cost by number of images, five captions each")
+    ax.set_xticks(costs["images"], [f"{size:,}" for size in costs["images"]], minor=False)
+    ax.minorticks_off()
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Rates, ratios, shares of the machine's limit, and memory: each function measures one thing.
+
+row = alternate(setting, "encoding", seconds=4)    # row["ours"], row["classic"], row["ratio"]
+"""
+
+import contextlib
+import multiprocessing
+import re
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import classic
+import torch
+from stages import STAGES, encoder
+from torch.utils.flop_counter import FlopCounterMode
+
+BEGIN = time.perf_counter()
+IN_MEMORY = ("encoding", "training step", "beam 3 decoding")  # stages whose memory is measured
+
+
+def progress(text):
+    print(f"[{time.perf_counter() - BEGIN:4.0f} s] {text}", flush=True)
+
+
+def timed(run, count, device):
+    """(items per second, seconds) of `run(count)`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    items = run(count)
+    if device.type == "cuda":  # it has only been told what to do by now
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return items / seconds, seconds
+
+
+def alternate(setting, stage, seconds, rounds=3):
+    """A row of the table: the project's side of a stage and the classic one by turns.
+
+    A first round of each warms up, and tells how much work fits into `seconds`.
+    """
+    progress(stage)
+    *makers, items = STAGES[stage]
+    works = [make(setting) for make in makers]
+    first, counts, rates = [], [], []
+    for work in works:
+        rate, took = timed(work.run, work.smallest, setting.device)
+        first.append(rate)
+        fitting = round(work.smallest * seconds / took)
+        counts.append(min(max(fitting, work.smallest), work.largest))
+    for _ in range(rounds):
+        turns = zip(works, counts, strict=True)
+        rates.append([timed(work.run, count, setting.device)[0] for work, count in turns])
+    ours, other = (median(side) for side in zip(*rates, strict=True))
+    return {
+        "stage": stage, "unit": f"{items}/s", "ours": ours, "classic": other,
+        "ratio": median(mine / others for mine, others in rates), "of_limit": None, "note": "",
+        "first_round": first, "units_per_round": counts, "rounds": rates,
+    }  # fmt: skip
+
+
+def matmul_peak(device, precision):
+    """FLOP/s of the best of several large matrix products: what the machine can do at all."""
+
+    def rate(size, products):
+        def run(count):
+            for _ in range(count):
+                torch.mm(a, a)
+            return count * 2 * size**3
+
+        a = torch.rand(size, size, device=device).to(getattr(torch, precision))
+        return timed(run, products, device)[0]
+
+    if device.type == "cuda":
+        return max(rate(8192, 10) for _ in range(5))
+    size = 1024 if rate(1024, 1) < 1e10 else 2048  # some CPUs only emulate bfloat16
+    return max(rate(size, 1) for _ in range(5))
+
+
+def with_share(setting, stage, seconds, precision, flops_per_item):
+    """As `alternate`, with the share of the machine's peak that the project's side reaches."""
+    peaks = [matmul_peak(setting.device, precision)]
+    row = alternate(setting, stage, seconds)
+    peaks.append(matmul_peak(setting.device, precision))
+    flops = flops_per_item(row["units_per_round"][0]) * row["ours"]
+    row |= {"of_limit": flops / max(peaks), "flops": flops, "peak_flops": max(peaks)}
+    row["note"] = f"{flops / 1e9:,.0f} of {max(peaks) / 1e9:,.0f} GFLOP/s in {precision}"
+    return row
+
+
+def forward_flops(setting, _=None):
+    """FLOPs of the CNN for one image."""
+    cnn = encoder(setting)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cnn.pool(torch.zeros(1, 3, 224, 224, device=setting.device))
+    return counter.get_total_flops()
+
+
+def training_flops(trainer, batches):
+    """FLOPs per caption in the last `batches` of an epoch: forward, and twice that backward.
+
+    The LSTM works on padded positions too and reads the image first ("pre"); the last layer sees
+    real targets only. The image's linear layer needs no gradient of its input.
+    """
+    lstm, vocab_size = trainer.model.decoder.lstm, len(trainer.vocab)
+    sampler, lengths = trainer.train_loader.batch_sampler, trainer.train_loader.dataset.lengths
+    sampler.set_epoch(0, max(len(sampler) - batches, 0))
+    captions = positions = targets = 0
+    for batch in sampler:
+        captions += len(batch)
+        positions += len(batch) * lengths[batch].max()  # one less for the shift, one for the image
+        targets += (lengths[batch] - 1).sum()
+    hidden = lstm.hidden_size
+    products = 3 * positions * 4 * hidden * (lstm.input_size + hidden)
+    products += 3 * targets * hidden * vocab_size
+    products += 2 * captions * trainer.model.encoder.linear.weight.numel()
+    return 2 * float(products) / captions
+
+
+def padding_row(trainer, batch_size):
+    """The share of padding among the targets of an epoch."""
+    lengths, sampler = trainer.train_loader.dataset.lengths, trainer.train_loader.batch_sampler
+    sampler.set_epoch(0)
+    positions = sum(len(batch) * (lengths[batch].max() - 1) for batch in sampler)
+    ours = 100 * (1 - (lengths - 1).sum() / positions)
+    other = 100 * classic.padding(lengths, batch_size)
+    return {"stage": "padding among targets", "unit": "%", "ours": float(ours),
+            "classic": float(other), "ratio": None, "of_limit": None,
+            "note": "in the LSTM; our last layer and loss see none"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def peak_memory():
+    """MB that this process has occupied at most."""
+    with contextlib.suppress(OSError):
+        # Linux: of this program alone, whereas ru_maxrss can include the process it came from.
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    import resource  # not on Windows
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def memory_of(setting, stage, side):
+    """Run one side of a stage a little, in a process of its own; None: only the imports."""
+    if stage:
+        work = STAGES[stage][side](setting)
+        work.run(min(2 * work.smallest, work.largest))
+    return {
+        "memory_mb": peak_memory(),
+        "gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
+    }
+
+
+def alone(function, *arguments):
+    """The result of `function(*arguments)` from a fresh process."""
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def memory_rows(setting):
+    progress("memory: imports")
+    imports = alone(memory_of, setting, None, None)
+    rows = []
+    for stage in IN_MEMORY:
+        progress(f"memory: {stage}")
+        ours, other = (alone(memory_of, setting, stage, side) for side in (0, 1))
+        kind = "gpu_mb" if ours["gpu_mb"] else "memory_mb"
+        rows.append({
+            "stage": f"peak memory: {stage}", "unit": "MB", "ours": ours[kind],
+            "classic": other[kind], "ratio": None, "of_limit": None,
+            "note": f"imports alone: {imports['memory_mb']:.0f} MB" if kind == "memory_mb"
+            else f"of the GPU; of the process {ours['memory_mb']:.0f} MB",
+        })  # fmt: skip
+    return rows
