@@ -14,19 +14,16 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 
-def write_atomically(text: str, path: Path):
-    """The file appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A file to write into; it takes the place of `path` once it is whole and on the disk.
 
-
-def save_atomically(checkpoint, path: Path):
-    """torch.save, whole or not at all: a full disk or a power cut leaves the earlier file alone."""
+    A full disk, a kill or a power cut leaves the earlier file as it was.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            torch.save(checkpoint, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -36,6 +33,16 @@ def save_atomically(checkpoint, path: Path):
             f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was saved "
             "before is intact; free some space and go on with --resume"
         ) from None
+
+
+def write_atomically(text: str, path: Path):
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def save_atomically(checkpoint, path: Path):
+    with replacing(path) as file:
+        torch.save(checkpoint, file)
 
 
 def get_rng(device) -> dict:
@@ -50,7 +57,7 @@ def set_rng(states, device):
 
 
 def forget_earlier_run(out: Path):
-    for name in ("last.pt", "best.pt", "history.jsonl", "metrics.json"):
+    for name in ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json"):
         (out / name).unlink(missing_ok=True)
 
 

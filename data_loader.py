@@ -103,11 +103,11 @@ def check_captions(content) -> str | None:
     names = {}
     for image in content["images"]:
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
-            return f"every entry of 'images' needs an id, {str(image)[:80]} has none"
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            return f"image {image['id']} has no file_name"
+            return f"every entry of 'images' needs an id, {short(image)} has none"
+        if not is_text(image.get("file_name")):
+            return f"image {short(image['id'])} has no file_name"
         if image["id"] in names:
-            return f"image id {image['id']} is listed twice"
+            return f"image id {short(image['id'])} is listed twice"
         names[image["id"]] = image["file_name"]
     if len({type(image_id) for image_id in names}) > 1:
         return "some image ids are numbers and some are text; make them one kind"
@@ -115,23 +115,34 @@ def check_captions(content) -> str | None:
     for place, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, dict):
             wrong.append(f"annotation number {place} is not an object")
-        elif not isinstance(annotation.get("caption"), str):
-            wrong.append(f"annotation {annotation.get('id', place)} has no caption text")
-        elif not annotation["caption"].strip():
-            wrong.append(f"annotation {annotation.get('id', place)} has an empty caption")
-        elif not isinstance(annotation.get("image_id"), (int, str)):
-            wrong.append(f"annotation {annotation.get('id', place)} has no image_id")
-        elif annotation["image_id"] not in names:
-            wrong.append(
-                f"annotation {annotation.get('id', place)} is of image {annotation['image_id']}, "
-                "which 'images' does not list"
-            )
-        elif not isinstance(annotation.setdefault("id", place), (int, str)):
+            continue
+        which = f"annotation {short(annotation.setdefault('id', place))}"
+        image_id, caption = annotation.get("image_id"), annotation.get("caption")
+        if not isinstance(annotation["id"], (int, str)):
             wrong.append(f"annotation number {place} has an id that is neither number nor text")
+        elif caption == "" or (is_text(caption) and not caption.strip()):
+            wrong.append(f"{which} has an empty caption")
+        elif not is_text(caption):
+            wrong.append(f"{which} has no caption text")
+        elif not isinstance(image_id, (int, str)):
+            wrong.append(f"{which} has no image_id")
+        elif image_id not in names:
+            wrong.append(f"{which} is of image {short(image_id)}, which 'images' does not list")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         return "; ".join(wrong[:3]) + more + "; correct or remove these entries"
     return None
+
+
+def is_text(value) -> bool:
+    """A string that is not empty and can be written into a file, as half an emoji cannot."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return isinstance(value, str) and bool(value.encode())
+    return False
+
+
+def short(value) -> str:
+    return str(value)[:60]
 
 
 def inside(folder: Path, name: str, captions_file) -> Path:
@@ -144,7 +155,9 @@ def inside(folder: Path, name: str, captions_file) -> Path:
     with contextlib.suppress(ValueError):  # "\0" in a name
         if "\\" not in name and os.path.realpath(path).startswith(root + os.sep):
             return path
-    raise DataError(f"{captions_file}: file_name {name!r} leads outside {folder}; correct it")
+    raise DataError(
+        f"{captions_file}: file_name {short(name)!r} leads outside {folder}; correct it"
+    )
 
 
 # ---------------------------------------------------------------------------- batches

@@ -48,7 +48,8 @@ class Options:
     cache: str = option("runs/cache", "folder for the frozen CNN's features")
     skip_bad_images: bool = option(False, "leave out images that cannot be read, and name them")
     overwrite: bool = option(False, "start anew in a folder that holds an earlier run")
-    resume: bool = option(False, "go on from last.pt in --out")
+    resume: bool = option(False, "go on from last.pt in --out, if it is there already")
+    deterministic: bool = option(False, "the same bits every time on a GPU too: slower there")
     save_every: int = option(0, "also save after every so many batches; 0: after epochs only")
 
     def __post_init__(self):

@@ -8,7 +8,8 @@
     history = Trainer(Options(train_images=..., out="runs/mine")).fit()    # in a notebook
 
 Into `--out` go best.pt (the epoch with the best validation loss), last.pt (all that a resumption
-needs), history.jsonl (one line per epoch), vocabulary.json and metrics.json.
+needs), history.jsonl (one line per epoch) and the same as history.csv, vocabulary.json and
+metrics.json.
 """
 
 import hashlib
@@ -70,6 +71,8 @@ class Trainer:
     def __init__(self, options: Options):
         self.options, self.out = options, Path(options.out)
         self.device = pick_device(options.device)
+        if options.deterministic:
+            only_deterministic_operations()
         self.rank, self.world = rank_and_world()
         checkpoint = self.find_earlier_run()
         splits = [
@@ -99,8 +102,10 @@ class Trainer:
         """The checkpoint to go on from, if that is asked for; an earlier run is never lost."""
         path = self.out / "last.pt"
         if self.options.resume:
-            return load_safely(path)
-        if path.exists() and not self.options.overwrite:
+            if path.exists():
+                return load_safely(path)
+            say(f"There is no {path} to go on from yet: this run starts at its beginning.")
+        elif path.exists() and not self.options.overwrite:
             raise ValueError(
                 f"{self.out} holds an earlier run: go on with --resume, start anew with "
                 "--overwrite, or name another folder with --out"
@@ -256,6 +261,9 @@ class Trainer:
         if self.step == 0:
             lines = "".join(json.dumps(line) + "\n" for line in self.history)
             write_atomically(lines, self.out / "history.jsonl")
+            table = [self.history[0].keys(), *(line.values() for line in self.history)]
+            lines = "".join(",".join(map(str, row)) + "\n" for row in table)
+            write_atomically(lines, self.out / "history.csv")
 
     def restore(self, checkpoint):
         """Go on from what `save` kept, exactly; refuse if model, data or recipe are others."""
@@ -364,6 +372,15 @@ def pick_device(name) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def only_deterministic_operations():
+    """From here on PyTorch takes no shortcut whose result depends on the order of its threads.
+
+    On a CPU a run is the same every time without it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.use_deterministic_algorithms(True)
+
+
 def no_totals(device):
     """Negative log-likelihood and number of targets so far; MPS has no float64, the CPU does."""
     return torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
@@ -400,6 +417,15 @@ def main(arguments=None) -> int:
             say(json.dumps(trainer.report(), indent=2))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise  # with its traceback: that is a mistake in the program
+        print(
+            f"error: a process that loads images has died ({str(error).splitlines()[0]}), perhaps "
+            "for lack of memory: use fewer --workers; --resume goes on from what was saved",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -8,7 +8,6 @@ import multiprocessing
 import re
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -157,20 +156,38 @@ def memory_of(setting, stage, side):
     }
 
 
-def alone(function, *arguments):
-    """The result of `function(*arguments)` from a fresh process."""
+def alone(function, *arguments, minutes=60):
+    """The result of `function(*arguments)` from a fresh process, which ends with it.
+
+    Raises RuntimeError if the process dies or takes longer than `minutes`.
+    """
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=fresh) as executor:
-        return executor.submit(function, *arguments).result()
+    receiver, sender = fresh.Pipe(duplex=False)
+    process = fresh.Process(target=answer, args=(sender, function, arguments), daemon=True)
+    process.start()
+    sender.close()  # the process has the only other one: when it dies, recv() fails
+    try:
+        if receiver.poll(60 * minutes):
+            return receiver.recv()
+        raise RuntimeError(f"{function.__name__} has not ended after {minutes} minutes")
+    except EOFError:
+        raise RuntimeError(f"{function.__name__} died; is there too little memory?") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def answer(sender, function, arguments):
+    sender.send(function(*arguments))
 
 
 def memory_rows(setting):
     progress("memory: imports")
-    imports = alone(memory_of, setting, None, None)
+    imports = alone(memory_of, setting, None, None, minutes=5)
     rows = []
     for stage in IN_MEMORY:
         progress(f"memory: {stage}")
-        ours, other = (alone(memory_of, setting, stage, side) for side in (0, 1))
+        ours, other = (alone(memory_of, setting, stage, side, minutes=5) for side in (0, 1))
         kind = "gpu_mb" if ours["gpu_mb"] else "memory_mb"
         rows.append({
             "stage": f"peak memory: {stage}", "unit": "MB", "ours": ours[kind],

@@ -109,9 +109,8 @@ def load(make_transform, setting):
 @cache
 def encoder(setting):
     torch.manual_seed(0)
-    return (
-        EncoderCNN(Options.embed_size, setting.backbone, setting.weights).to(setting.device).eval()
-    )
+    cnn = EncoderCNN(Options.embed_size, setting.backbone, setting.weights)
+    return cnn.to(setting.device).eval()
 
 
 @cache
@@ -170,7 +169,7 @@ def classic_encoding(setting):
             loop.encode(loop.load_images([place % len(loop.paths) for place in places]))
         return count
 
-    return Work(run, setting.batch_size, 4096)
+    return Work(run, setting.batch_size // 2, 4096)
 
 
 def quiet():

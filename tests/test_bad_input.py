@@ -304,11 +304,6 @@ class Intruder:
         return os.mkdir, (self.path,)
 
 
-def test_resume_without_a_checkpoint(dataset, fails):
-    """There has to be something to resume."""
-    assert str(dataset / "out" / "last.pt") in fails(dataset, resume=True)
-
-
 @pytest.mark.parametrize("content", ["cut off", "weights", "a list", "code"])
 def test_resume_from_something_else(dataset, capsys, content):
     """A last.pt that is no checkpoint of a run is named and left alone; code in it does not run."""

@@ -1,5 +1,6 @@
 """A run: evaluation, checkpoints, resumption, early stopping, the baseline, the command line."""
 
+import csv
 import json
 import math
 import signal
@@ -19,7 +20,7 @@ from model import CaptionModel, load_safely
 from train import Options, Trainer, learning_rate, main, parse
 from vocabulary import Vocabulary
 
-FILES = [".lock", "best.pt", "history.jsonl", "last.pt", "vocabulary.json"]
+FILES = [".lock", "best.pt", "history.csv", "history.jsonl", "last.pt", "vocabulary.json"]
 TIMING = {"seconds", "captions_per_second"}
 
 
@@ -57,6 +58,13 @@ def test_history(finished):
     assert [{k: v for k, v in line.items() if k not in TIMING} for line in finished.history] == (
         history
     )
+
+
+def test_history_as_a_table(finished):
+    """history.csv holds the same numbers as history.jsonl, under the same names."""
+    with open(finished.out / "history.csv") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert rows == finished.history
 
 
 def test_best_checkpoint(finished):
@@ -247,6 +255,15 @@ def test_ctrl_c_before_the_first_epoch_ends(shared_dataset, tmp_path, monkeypatc
         assert main(command_line(options)) == 130
     assert not (tmp_path / "out" / "last.pt").exists()
     assert main(command_line(options)) == 0
+
+
+def test_resume_before_there_is_anything(finished, tmp_path, capsys):
+    """`--resume` without a last.pt says so and begins: one command serves for every start."""
+    options = replace(finished.options, out=str(tmp_path / "out"), resume=True)
+    for epochs in (1, 3):
+        assert main(command_line(replace(options, epochs=epochs))) == 0
+        assert (str(tmp_path / "out" / "last.pt") in capsys.readouterr().out) == (epochs == 1)
+    assert len(history_of(tmp_path / "out")) == 3
 
 
 def test_an_earlier_run_is_not_lost(finished, capsys):

@@ -1,0 +1,406 @@
+"""Faults, tried: a killed process, a full disk, a dead node, 20 epochs of memory.
+
+    python tests/faults.py                   # all of them, a few minutes; prints a table
+    python tests/faults.py kill memory       # some of them
+
+Too slow for every test run, and in part only for Linux and root (a small tmpfs, two network
+namespaces): what cannot be tried here is reported as not tried. Exits with 1 if anything was lost.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# The project's modules lie one folder up, where `python tests/faults.py` would not look.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from conftest import command_line, tiny_options, write_dataset
+from test_train import assert_same_end
+
+from datasets import find_splits
+from features import is_begun, is_intact
+from model import load_safely
+from options import options_for
+from train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+FORK = multiprocessing.get_context("fork")  # a child starts with everything imported: in no time
+
+
+class NotHere(Exception):
+    """This machine cannot try that."""
+
+
+# ---------------------------------------------------------------------------- runs in processes
+
+
+def start(options, log=None):
+    """The command line of `options` in a process of its own, its output in `log`."""
+    process = FORK.Process(target=log_into, args=(options, log or f"{options.out}.log"))
+    process.start()
+    return process
+
+
+def log_into(options, log):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.exit(main(command_line(options)))
+
+
+def finish(options, log=None):
+    """Run to the end; (exit status, what it printed, seconds)."""
+    log = log or f"{options.out}.log"
+    begun, process = time.perf_counter(), start(options, log)
+    process.join()
+    return process.exitcode, Path(log).read_text(), time.perf_counter() - begun
+
+
+def check_readable(options):
+    """Whatever files a run has left are whole: none is torn. Returns their number."""
+    out, found = Path(options.out), 0
+    for name in ("last.pt", "best.pt"):
+        if (out / name).exists():
+            load_safely(out / name)
+            found += 1
+    if (out / "history.jsonl").exists():
+        lines = [json.loads(line) for line in (out / "history.jsonl").open()]
+        assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+        found += 1
+    for state in Path(options.cache).glob("*.state.npy"):
+        name = Path(str(state).removesuffix(".state.npy"))
+        assert is_begun(name, len(np.load(state))) or is_intact(name), f"{name} is torn"
+        found += 1
+    return found
+
+
+# ---------------------------------------------------------------------------- a killed process
+
+
+def kill(folder, times=25):
+    """SIGKILL at random moments, each followed by a resumption that has to end the same way."""
+    data = write_dataset(folder / "data")
+    options = tiny_options(data, epochs=6, learning_rate=0.02, save_every=2, batch_size=4)
+    status, log, seconds = finish(options)
+    assert status == 0, log
+    moments = np.random.default_rng(0).uniform(0, seconds, times)
+    kept = []
+    for number, moment in enumerate(moments):
+        run = replace(options, out=str(folder / f"{number}"), cache=str(folder / f"{number}-cache"),
+                      resume=True)  # fmt: skip
+        process = start(run)
+        process.join(moment)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kept.append(check_readable(run))
+        status, log, _ = finish(run)
+        assert status == 0, log
+        assert_same_end(run.out, options.out)
+    return (
+        f"SIGKILL at a random moment of a run of {seconds:.1f} s, then `--resume`", times,
+        f"all {times} ended bit-identical to the uninterrupted run; no file was torn "
+        f"({sum(map(bool, kept))} of the kills came after the first file)",
+    )  # fmt: skip
+
+
+def terminate(folder, times=10):
+    """The same with SIGTERM, which has to be answered by saving and status 143."""
+    data = write_dataset(folder / "data")
+    options = tiny_options(data, epochs=6, learning_rate=0.02, batch_size=4)
+    status, log, seconds = finish(options)
+    assert status == 0, log
+    saved = 0
+    for number, moment in enumerate(np.linspace(0.2, 0.9, times) * seconds):
+        run = replace(options, out=str(folder / f"{number}"), resume=True)
+        process = start(run)
+        process.join(moment)
+        process.terminate()
+        process.join()
+        saved += process.exitcode == 128 + signal.SIGTERM
+        check_readable(run)
+        assert finish(run)[0] == 0
+        assert_same_end(run.out, options.out)
+    return (
+        "SIGTERM at evenly spaced moments, then `--resume`", times,
+        f"all {times} ended bit-identical; {saved} came in training and were answered by saving, "
+        "the others before or after it",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- a full disk
+
+
+@contextlib.contextmanager
+def small_disk(folder, kilobytes):
+    """A file system of that size, mounted at `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = f"size={kilobytes}k"
+    if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder]):
+        raise NotHere("mounting a small tmpfs takes root on Linux")
+    try:
+        yield
+    finally:
+        subprocess.call(["umount", "--lazy", folder])
+
+
+def disk(folder):
+    """Disks of ever more room, until a run fits; on each it stops with a sentence and goes on."""
+    data = write_dataset(folder / "data")
+    options = tiny_options(data, epochs=3, learning_rate=0.02)
+    assert finish(options)[0] == 0
+    size = sum(path.stat().st_size for path in Path(options.out).iterdir()) // 1024
+    stopped = fits = 0
+    for number, room in enumerate(np.linspace(8, 1.7 * size, 16).astype(int)):
+        disk = folder / f"disk-{number}"
+        run = replace(options, out=str(disk / "out"), cache=str(disk / "cache"), resume=True)
+        with small_disk(disk, room):
+            log = folder / f"disk-{number}.txt"
+            status, said, _ = finish(run, log)  # the log is not on the full disk
+            check_readable(run)
+            if status == 0:
+                fits += 1
+                continue
+            errors = [line for line in said.splitlines() if line.startswith("error: ")]
+            assert status == 1 and len(errors) == 1 and "Traceback" not in said, said
+            assert not list(disk.rglob("*.part"))
+            stopped += 1
+            subprocess.check_call(["mount", "-o", f"remount,size={8 * size}k", disk])
+            status, said, _ = finish(run, log)
+            assert status == 0, said
+            assert_same_end(run.out, options.out)
+    return (
+        "a disk that is full at 16 different moments (features, vocabulary, checkpoints, history)",
+        stopped + fits,
+        f"{stopped} stopped with one sentence, files intact, nothing half-written; after more room "
+        f"`--resume` ended bit-identical; {fits} had room enough",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- two nodes
+
+
+@contextlib.contextmanager
+def two_nodes():
+    """Two network namespaces with an address each, joined by a virtual cable."""
+    commands = """
+        netns add captions-a
+        netns add captions-b
+        link add captions-a type veth peer name captions-b
+        link set captions-a netns captions-a
+        link set captions-b netns captions-b
+        -n captions-a addr add 10.213.0.1/24 dev captions-a
+        -n captions-b addr add 10.213.0.2/24 dev captions-b
+        -n captions-a link set captions-a up
+        -n captions-b link set captions-b up
+        -n captions-a link set lo up
+        -n captions-b link set lo up
+    """
+    remove_nodes()
+    try:
+        for command in commands.strip().splitlines():
+            subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+        yield ("captions-a", "captions-b")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise NotHere("network namespaces take root and `ip` on Linux") from error
+    finally:
+        remove_nodes()
+
+
+def remove_nodes():
+    for name in ("captions-a", "captions-b"):
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def torchrun(node, options, log, restarts=0):
+    """`torchrun ... train.py` on one of the two nodes."""
+    # Both nodes believe to be the same machine, so they have to be told which address is theirs.
+    address, host = ("10.213.0.1", 1) if node == "captions-a" else ("10.213.0.2", 0)
+    words = f"""ip netns exec {node} env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME={node}
+        {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
+        --max-restarts {restarts} --rdzv-id captions --rdzv-backend c10d
+        --rdzv-endpoint 10.213.0.1:29500 --rdzv-conf is_host={host} --local-addr {address}
+        train.py"""
+    return subprocess.Popen([*words.split(), *command_line(options)], cwd=ROOT, stdout=log,
+                            stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+
+def both(nodes, options, folder, restarts=0, meanwhile=None):
+    """A job on both nodes (`options` for each of them): (their statuses, their logs)."""
+    logs = [folder / f"{node}.log" for node in nodes]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(log, "w")) for log in logs]
+        jobs = [torchrun(*job, restarts) for job in zip(nodes, options, files, strict=True)]
+        try:
+            if meanwhile:
+                meanwhile()
+            statuses = [job.wait(timeout=300) for job in jobs]
+        finally:
+            for job in jobs:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)
+    return statuses, [log.read_text() for log in logs]
+
+
+def workers_on(node):
+    """Process ids of train.py on a node, without torchrun's own."""
+    found = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True)
+    workers = []
+    for pid in found.stdout.split():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if "torch.distributed.run" not in words and "train.py" in words:
+                workers.append(int(pid))
+    return workers
+
+
+def network(folder):
+    """Two nodes train together; the worker of each in turn is killed in the middle of an epoch."""
+    data = write_dataset(folder / "data")
+    options = tiny_options(data, epochs=30, patience=30, learning_rate=0.02, batch_size=4,
+                           dropout=0.0, save_every=4, resume=True)  # fmt: skip
+    with two_nodes() as nodes:
+        statuses, logs = both(nodes, [options, options], folder)
+        assert statuses == [0, 0], "\n".join(logs)
+        came_from = set()
+        for number, victim in enumerate(nodes):
+            run = replace(options, out=str(folder / f"out-{number}"))
+
+            def in_the_middle(run=run, victim=victim):
+                history = Path(run.out) / "history.jsonl"
+                while not history.exists() or len(history.read_text().splitlines()) < 5:
+                    time.sleep(0.01)
+                (worker,) = workers_on(victim)
+                os.kill(worker, signal.SIGKILL)
+                came_from.add(len(history.read_text().splitlines()))
+
+            statuses, logs = both(nodes, [run, run], folder, 3, in_the_middle)
+            assert statuses == [0, 0], "\n".join(logs)
+            assert_same_end(run.out, options.out)
+    return (
+        "two nodes (network namespaces, `torchrun --nnodes 2 --max-restarts 3`), "
+        "a worker killed in mid-epoch, on either node in turn", 2,
+        f"torchrun restarted both; they went on from last.pt after epoch {min(came_from)} and "
+        "ended bit-identical to the undisturbed job",
+    )  # fmt: skip
+
+
+def failing_rank(folder):
+    """A node without the captions ends the whole job, with its own sentence, and soon."""
+    data = write_dataset(folder / "data")
+    good = tiny_options(data, epochs=2)
+    bad = replace(good, train_captions=str(folder / "elsewhere.json"))
+    with two_nodes() as nodes:
+        begun = time.perf_counter()
+        statuses, logs = both(nodes, [good, bad], folder)
+        seconds = time.perf_counter() - begun
+    assert 0 not in statuses and "there is no captions file" in logs[1], "\n".join(logs)
+    return (
+        "two nodes, one of them without the captions file", 1,
+        f"both ended after {seconds:.0f} s, the one at fault with its sentence; no hang",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- a worker that dies
+
+
+def worker(folder):
+    """A process that loads images is killed in the middle of training."""
+    data = write_dataset(folder / "data")
+    options = tiny_options(data, epochs=50, patience=50, fine_tune=True, workers=2)
+    process = start(options)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (Path(options.out) / "last.pt").exists():
+        time.sleep(0.05)
+    while not children.read_text().split():
+        time.sleep(0.001)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    process.join(120)
+    log = Path(f"{options.out}.log").read_text()
+    assert process.exitcode == 1 and "--workers" in log and "Traceback" not in log, log
+    check_readable(options)
+    return (
+        "a data-loader worker killed in training", 1,
+        "one sentence, status 1, checkpoints intact",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def memory(folder, epochs=20):
+    """Resident memory after each of 20 epochs on the drawn sample, and a picture of it."""
+    splits = find_splits("sample", ROOT / "data/sample")
+    options = options_for(
+        "sample", splits, folder / "out", epochs=epochs, patience=epochs,
+        weights=str(ROOT / "sample_encoder.pt"), cache=str(folder / "cache"),
+    )  # fmt: skip
+    process = start(options)
+    status, history, used = Path(f"/proc/{process.pid}/status"), Path(options.out), []
+    while process.is_alive() and len(used) < epochs:
+        with contextlib.suppress(OSError):
+            if len((history / "history.jsonl").read_text().splitlines()) > len(used):
+                used.append(int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) / 1024)
+        time.sleep(0.05)
+    process.join()
+    assert process.exitcode == 0 and len(used) == epochs, used
+    draw_memory(used, ROOT / "docs/memory.png")
+    growth = used[-1] - used[4]
+    assert growth < 0.03 * used[4], f"memory grows: {used}"
+    return (
+        f"{epochs} epochs on the drawn sample", 1,
+        f"resident memory {used[4]:.0f} MB after epoch 5, {used[-1]:.0f} MB after epoch {epochs}",
+    )  # fmt: skip
+
+
+def draw_memory(used, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from plots import plt
+
+    ax = plt.subplots(figsize=(6, 2.5), layout="constrained")[1]
+    ax.plot(range(1, len(used) + 1), used, marker="o", markersize=3)
+    ax.set(xlabel="epoch", ylabel="MB", ylim=(0, 1.2 * max(used)))
+    ax.set_title("Resident memory of a training process", loc="left")
+    ax.figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------------------- the table
+
+TRIALS = [kill, terminate, disk, network, failing_rank, worker, memory]
+
+
+def report(names):
+    torch.set_num_threads(1)
+    failed = False
+    print("| what was tried | times | what happened |\n|---|---|---|", flush=True)
+    for trial in TRIALS:
+        if names and trial.__name__ not in names:
+            continue
+        with TemporaryDirectory() as folder:
+            try:
+                row = trial(Path(folder))
+            except NotHere as reason:
+                row = (trial.__name__, 0, f"not tried: {reason}")
+            except AssertionError as error:
+                failed = True
+                row = (trial.__name__, "", f"**FAILED** {error}")
+        print("| {} | {} | {} |".format(*row), flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(report(sys.argv[1:]))

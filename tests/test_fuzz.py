@@ -1,0 +1,201 @@
+"""Hundreds of damaged files: each ends in a right result or in one sentence, never otherwise."""
+
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_loader import CaptionData, DataError, get_loader
+from model import BadImageError, load_image, load_safely
+from vocabulary import Vocabulary
+
+IMAGES = CAPTIONS = 320  # damaged files of either kind
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def damage(content: bytes, rng, others) -> bytes:
+    """Cut off, flip bits, overwrite, leave out, repeat, or splice in a piece of another file."""
+    content = bytearray(content)
+    start, stop = sorted(rng.integers(0, len(content), 2))
+    kind = rng.integers(6)
+    if kind == 0:
+        del content[start:]
+    if kind == 1:
+        for place in rng.integers(0, len(content), rng.integers(1, 9)):
+            content[place] ^= 1 << rng.integers(8)
+    if kind == 2:
+        content[start : start + 4] = b"\xff\xff\xff\xff"[: len(content) - start]
+    if kind == 3:
+        del content[start:stop]
+    if kind == 4:
+        content[stop:stop] = content[start:stop]
+    if kind == 5:
+        other = others[rng.integers(len(others))]
+        content[start:stop] = other[start:stop]
+    return bytes(content)
+
+
+def whole_images():
+    """Small files of many kinds: JPEG, PNG, WebP and GIF in several modes."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: lies on its side
+    kinds = [
+        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}), ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}),
+        ("PNG", "I;16", {}), ("PNG", "1", {}), ("WEBP", "RGB", {}), ("WEBP", "RGBA", {}),
+        ("WEBP", "RGB", {"lossless": True}), ("GIF", "P", {}),
+        ("GIF", "P", {"save_all": True, "append_images": [image.rotate(90)]}),
+    ]  # fmt: skip
+    files = []
+    for kind, mode, settings in kinds:
+        file = io.BytesIO()
+        converted = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+        converted.save(file, kind, **settings)
+        files.append(file.getvalue())
+    return files
+
+
+def test_whole_images(tmp_path):
+    """Undamaged, every one of these images can be read."""
+    for content in whole_images():
+        (tmp_path / "image").write_bytes(content)
+        assert load_image(tmp_path / "image").mode == "RGB"
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow's, about what it could make sense of
+def test_damaged_images(tmp_path):
+    """A damaged image is read as upright RGB, or refused in a line that names it."""
+    files, path = whole_images(), tmp_path / "image.jpg"
+    refused = 0
+    for number in range(IMAGES):
+        rng = np.random.default_rng(number)
+        path.write_bytes(damage(files[number % len(files)], rng, files))
+        try:
+            image = load_image(path, min_size=8)
+            assert image.mode == "RGB" and min(image.size) > 0, number
+            image.resize((8, 8))
+        except BadImageError as error:
+            refused += 1
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1, number
+    assert IMAGES / 4 < refused < IMAGES  # the damage is neither negligible nor total
+
+
+# ---------------------------------------------------------------------------- captions
+
+ODD = [
+    None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "..", "../x.jpg",
+    "/etc/passwd", "a" * 100_000, "\ud800", "\u202e", "🐕", [], {}, [[]], {"id": 1}, [None] * 3,
+]  # fmt: skip
+
+
+def places(content):
+    """Every (container, key) of a JSON document."""
+    found, stack = [], [content]
+    while stack:
+        container = stack.pop()
+        keys = container if isinstance(container, dict) else range(len(container))
+        for key in keys:
+            found.append((container, key))
+            if isinstance(container[key], (dict, list)):
+                stack.append(container[key])
+    return found
+
+
+def disturb(content, rng):
+    """Put odd values into a few places of the document, and take some entries out."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.integers(1, 4)):
+        every = places(content)
+        container, key = every[rng.integers(len(every))]
+        if rng.random() < 0.2:
+            del container[key]
+        else:
+            container[key] = ODD[rng.integers(len(ODD))]
+    return json.dumps(content).encode()
+
+
+def use(dataset, file):
+    """What a run does with captions before it opens the first image, and its first batch."""
+    data = CaptionData(dataset / "images", file)
+    vocab = Vocabulary.build([c for captions in data.captions for c in captions], threshold=1)
+    vocab.save(dataset / "vocabulary.json")
+    assert Vocabulary.load(dataset / "vocabulary.json").words == vocab.words
+    loader = get_loader(data, vocab, features=np.zeros((len(data), 3), np.float16))
+    assert sum(len(lengths) for _, _, lengths in loader) == sum(map(len, data.captions))
+
+
+def test_damaged_captions(dataset):
+    """A damaged captions file is used in full, or refused in a short line that names it."""
+    whole = (dataset / "captions.json").read_bytes()
+    content, file, refused = json.loads(whole), dataset / "damaged.json", 0
+    for number in range(CAPTIONS):
+        rng = np.random.default_rng(number)
+        damaged = disturb(content, rng) if number % 2 else damage(whole, rng, [whole[::-1]])
+        file.write_bytes(damaged)
+        try:
+            use(dataset, file)
+        except DataError as error:
+            refused += 1
+            assert str(file) in str(error) or "image" in str(error), number
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, number
+    assert CAPTIONS / 4 < refused < CAPTIONS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**6, '{"a":' * 10**5, "1" * 10**5, '{"images": [' + "9" * 5000 + "]}", "-" * 100],
+    ids=["lists", "objects", "digits", "a huge number", "dashes"],
+)
+def test_json_that_breaks_parsers(dataset, text):
+    """Depth and numbers that break parsers are one short line as well."""
+    (dataset / "captions.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        CaptionData(dataset / "images", dataset / "captions.json")
+    assert len(str(caught.value)) < 500
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def test_damaged_checkpoints(tmp_path):
+    """A damaged checkpoint is refused in a line that names it, or its weights are what they were.
+
+    Not every byte of the file matters; of those that do, the checksums miss none.
+    """
+    weights = {"weight": torch.arange(400.0), "words": ["<pad>", "<start>"]}
+    torch.save(weights, tmp_path / "whole.pt")
+    whole, path, refused = (tmp_path / "whole.pt").read_bytes(), tmp_path / "damaged.pt", 0
+    for number in range(200):
+        path.write_bytes(damage(whole, np.random.default_rng(number), [whole[::-1]]))
+        try:
+            loaded = load_safely(path)
+            assert torch.equal(loaded["weight"], weights["weight"]), number
+            assert loaded["words"] == weights["words"], number
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)), number
+    assert refused > 100
+
+
+def test_damaged_vocabularies(tmp_path):
+    """A damaged vocabulary is refused in a line that names it, or is still a vocabulary."""
+    path = tmp_path / "vocabulary.json"
+    Vocabulary.build(["a dog and a cat", "the old red bus"], threshold=1).save(path)
+    whole, refused = path.read_bytes(), 0
+    for number in range(200):
+        path.write_bytes(damage(whole, np.random.default_rng(number), [whole[::-1]]))
+        try:
+            vocab = Vocabulary.load(path)
+            assert vocab.decode(vocab.encode("a dog")) is not None and len(vocab) >= 4, number
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1, number
+    assert refused > 100
