@@ -1,11 +1,12 @@
 # make run        install, draw the dataset, execute the five notebooks; copies in runs/notebooks
 # make test       install, lint, run all tests
 # make notebooks  execute the notebooks and write the results into them
+# make faults     kill runs, fill disks, cut nodes off, and see that nothing is lost (minutes)
 # make clean      remove the environment, the drawn dataset and all runs
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test notebooks clean
+.PHONY: run test notebooks faults clean
 
 run: .venv/ready
 	$(BIN)/python run_notebooks.py
@@ -17,6 +18,9 @@ test: .venv/ready
 
 notebooks: .venv/ready
 	$(BIN)/python run_notebooks.py --in-place
+
+faults: .venv/ready
+	$(BIN)/python tests/faults.py
 
 # uv installs in seconds what pip takes minutes for, and picks a matching torch and torchvision.
 .venv/ready: requirements.txt

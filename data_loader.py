@@ -22,7 +22,7 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
-from vocabulary import Vocabulary
+from vocabulary import pack
 
 MODES = ("train", "val", "test")
 
@@ -188,14 +188,13 @@ class ImageDataset(Dataset):
 
 
 class CaptionDataset(ImageDataset):
-    """Every caption of `data` beside its image; all are tokenised once, into one array."""
+    """Every caption of `data` beside its image; all captions lie in one array of integers."""
 
-    def __init__(self, data: CaptionData, vocab: Vocabulary, transform=None, features=None):
+    def __init__(self, data: CaptionData, vocab, transform=None, features=None, cache_dir=None):
         super().__init__(data, transform, features)
-        encoded = [vocab.encode(caption) for captions in data.captions for caption in captions]
-        self.lengths = np.array([len(ids) for ids in encoded])  # <start> and <end> included
+        packed = pack([caption for captions in data.captions for caption in captions], cache_dir)
+        self.ids, self.lengths = vocab.encode_all(packed)  # <start> and <end> included
         self.ends = np.cumsum(self.lengths)
-        self.ids = np.concatenate(encoded).astype(np.int32)
         counts = [len(captions) for captions in data.captions]
         self.image = np.repeat(np.arange(len(data)), counts)  # caption -> image
 
@@ -244,7 +243,7 @@ class BucketSampler:
 
 
 def get_loader(data, vocab=None, transform=None, features=None, mode="train", batch_size=64,
-               seed=0, num_workers=0, rank=0, world=1):  # fmt: skip
+               seed=0, num_workers=0, rank=0, world=1, cache_dir=None):  # fmt: skip
     """A DataLoader over a split.
 
     mode "train": (images, captions, lengths), every caption once, reshuffled each epoch; call
@@ -255,7 +254,7 @@ def get_loader(data, vocab=None, transform=None, features=None, mode="train", ba
 
     `features` (see `ImageDataset`) take the place of the images: (B, feature_size). Of `world`
     processes, the one with number `rank` gets its share: of each batch in training, of the batches
-    in validation, every world-th image in test.
+    in validation, every world-th image in test. `cache_dir` keeps the tokenised captions.
     Raises ValueError for an unknown mode.
     """
     if mode not in MODES:
@@ -265,7 +264,7 @@ def get_loader(data, vocab=None, transform=None, features=None, mode="train", ba
         mine = range(rank, len(dataset), world)
         batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     else:
-        dataset = CaptionDataset(data, vocab, transform, features)
+        dataset = CaptionDataset(data, vocab, transform, features, cache_dir)
         if mode == "train":
             batches = BucketSampler(dataset.lengths, batch_size, seed, rank, world)
         else:

@@ -50,7 +50,7 @@ from features import encode_images, fast_precision, find_bad_images
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
 from model import BadImageError, CaptionModel, load_safely, train_transform
 from options import Options, parse
-from vocabulary import TOKENIZER, Vocabulary, tokenize
+from vocabulary import TOKENIZER, Vocabulary, pack, tokenize
 
 # What may differ between a run and its resumption; all else would make it another run.
 MAY_CHANGE = {
@@ -80,7 +80,9 @@ class Trainer:
             CaptionData(options.val_images, options.val_captions),
         ]
         captions = [text for texts in splits[0].captions for text in texts]
-        self.vocab = Vocabulary.build(captions, options.threshold)
+        self.vocab = Vocabulary.from_counts(
+            pack(captions, options.cache).counts(), options.threshold
+        )
         torch.manual_seed(options.seed)
         self.model = build_model(options, self.vocab).to(self.device)
         features, bad = zip(*map(self.look_at, splits), strict=True)
@@ -131,7 +133,7 @@ class Trainer:
             transform = train_transform(options.image_size)
         return get_loader(
             data, self.vocab, transform, features, mode, options.batch_size, options.seed,
-            options.workers if features is None else 0, self.rank, self.world,
+            options.workers if features is None else 0, self.rank, self.world, options.cache,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------ training

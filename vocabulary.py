@@ -4,14 +4,23 @@ vocab = Vocabulary.build(training_captions, threshold=5)
 vocab.encode("A dog runs.")     # [1, 4, 17, 92, 2]: <start> a dog runs <end>
 vocab.decode([4, 17, 92, 2])    # "a dog runs"
 vocab.save("vocabulary.json"); vocab = Vocabulary.load("vocabulary.json")
+
+packed = pack(training_captions, "runs/cache")     # tokenised once; from the cache ever after
+vocab = Vocabulary.from_counts(packed.counts(), threshold=5)
+ids, lengths = vocab.encode_all(packed)
 """
 
+import hashlib
 import json
 import os
 import unicodedata
+import uuid
+import zipfile
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from nltk.tokenize import RegexpTokenizer
 
 PAD, START, END, UNK = "<pad>", "<start>", "<end>", "<unk>"
@@ -33,6 +42,56 @@ def tokenize(caption: str) -> list[str]:
     # NFC makes one letter of "e" + combining accent; typographic apostrophes and hyphens count too.
     text = unicodedata.normalize("NFC", caption).lower()
     return WORD.tokenize(text.replace("\u2019", "'").replace("\u2010", "-"))
+
+
+@dataclass
+class Packed:
+    """The words of many captions in three arrays, which a disk and numpy handle in no time."""
+
+    words: list[str]  # the different ones
+    ids: np.ndarray  # (all words of all captions,) int32: places in `words`, caption after caption
+    lengths: np.ndarray  # (captions,) int32
+
+    def counts(self) -> dict[str, int]:
+        """How often each word occurs."""
+        return dict(zip(self.words, np.bincount(self.ids).tolist(), strict=True))
+
+
+def pack(captions: list[str], cache_dir=None) -> Packed:
+    """Tokenise captions, or find them tokenised in `cache_dir`, where they are kept.
+
+    The file's name is a fingerprint of the captions and the tokenizer; a damaged one is replaced.
+    """
+    if cache_dir is None:
+        return _pack(captions)
+    digest = hashlib.sha256(json.dumps([TOKENIZER, *captions]).encode())
+    path = Path(cache_dir) / f"captions-{digest.hexdigest()[:16]}.npz"
+    try:
+        with np.load(path) as file:  # never a pickle; a zip, so that its checksums find damage
+            words = file["words"].tobytes().decode()
+            return Packed(words.split("\n") if words else [], file["ids"], file["lengths"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        packed = _pack(captions)
+    words = np.frombuffer("\n".join(packed.words).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{uuid.uuid4().hex}.part")  # several processes may be at it
+    try:
+        with open(part, "wb") as file:
+            np.savez(file, words=words, ids=packed.ids, lengths=packed.lengths)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}): is the disk full?") from None
+    return packed
+
+
+def _pack(captions) -> Packed:
+    place, ids, lengths = {}, [], []
+    for caption in captions:
+        words = tokenize(caption)
+        ids += [place.setdefault(word, len(place)) for word in words]
+        lengths.append(len(words))
+    return Packed(list(place), np.array(ids, np.int32), np.array(lengths, np.int32))
 
 
 class Vocabulary:
@@ -58,6 +117,11 @@ class Vocabulary:
         does not matter. Raises ValueError if no word is left.
         """
         counts = Counter(word for caption in captions for word in tokenize(caption))
+        return cls.from_counts(counts, threshold)
+
+    @classmethod
+    def from_counts(cls, counts: dict[str, int], threshold: int = 5) -> "Vocabulary":
+        """As `build`, from the number of times each word occurs."""
         kept = [word for word, count in counts.items() if count >= threshold]
         if not kept:
             raise ValueError(
@@ -77,6 +141,20 @@ class Vocabulary:
     def encode(self, caption: str) -> list[int]:
         """The indices of a caption's words, from `<start>` to `<end>`."""
         return [1, *(self(word) for word in tokenize(caption)), 2]
+
+    def encode_all(self, packed: Packed):
+        """As `encode`, for many captions, one after the other: (indices, length of each caption).
+
+        The lengths include `<start>` and `<end>`.
+        """
+        lengths = packed.lengths + 2
+        ends = np.cumsum(lengths)
+        ids = np.empty(lengths.sum(), np.int32)
+        is_word = np.ones(len(ids), bool)
+        is_word[ends - lengths] = is_word[ends - 1] = False
+        ids[ends - lengths], ids[ends - 1] = 1, 2
+        ids[is_word] = np.array([self(word) for word in packed.words], np.int32)[packed.ids]
+        return ids, lengths
 
     def decode(self, ids) -> str:
         """The words of `ids` (integers or a tensor) up to `<end>`; `<pad>`, `<start>` are left out.

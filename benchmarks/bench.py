@@ -108,7 +108,8 @@ def prepare(args, folder):
 def all_stages(setting, quick):
     """Measure everything; the parts of the report."""
     seconds = 0.1 if quick else 3
-    rows = [*vocabulary_rows(setting, seconds), alternate(setting, "image pipeline", seconds)]
+    first = ("vocabulary, first start", "vocabulary, later starts", "image pipeline")
+    rows = [alternate(setting, stage, seconds) for stage in first]
     rows += encoding_rows(setting, seconds)
     rows += training_rows(setting, seconds)
     rows += [alternate(setting, stage, seconds) for stage in ("greedy decoding", "beam 3 decoding")]
@@ -118,17 +119,6 @@ def all_stages(setting, quick):
     costs = scaling(setting, sizes, seconds / 2, encoding_rate)
     rows += memory_rows(setting)
     return {"rows": rows, "scaling": costs}
-
-
-def vocabulary_rows(setting, seconds):
-    """For the first time, and once more: whatever the project keeps would show as a difference."""
-    again = alternate(setting, "vocabulary", seconds)
-    ours = again["first_round"][0]
-    first = again | {"stage": "vocabulary, first time", "ours": ours, "rounds": None}
-    first["ratio"] = ours / again["classic"]  # which keeps nothing, so it is always the first time
-    if again["ours"] < 2 * ours:
-        again["note"] = "no cache: measured again"
-    return [first, again]
 
 
 def encoding_rows(setting, seconds):
@@ -170,7 +160,7 @@ def whole_run(setting, rows):
     rate = {row["stage"]: row for row in rows}
 
     def minutes(side, *encoding):
-        seconds = captions / rate["vocabulary"][side] + sum(encoding)
+        seconds = captions / rate["vocabulary, first start"][side] + sum(encoding)
         return (seconds + EPOCHS * captions / rate["training step"][side]) / 60
 
     ours = minutes("ours", images / rate["encoding"]["ours"])
@@ -194,7 +184,11 @@ def scaling(setting, sizes, seconds, encoding_rate):
         write_captions(file, size)
         this = replace(setting, images=setting.folder, captions=str(file), tokenised=5 * size)
         rates = []
-        for work in (ours_vocabulary(this), ours_training(this), ours_decoding(3, this, 128)):
+        for work in (
+            ours_vocabulary(False, this),
+            ours_training(this),
+            ours_decoding(3, this, 128),
+        ):
             first, took = timed(work.run, work.smallest, this.device)
             count = min(max(round(work.smallest * seconds / took), work.smallest), work.largest)
             rates.append(max(first, timed(work.run, count, this.device)[0]))

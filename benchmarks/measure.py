@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -147,6 +148,7 @@ def peak_memory():
 
 def memory_of(setting, stage, side):
     """Run one side of a stage a little, in a process of its own; None: only the imports."""
+    torch.set_num_threads(1)  # these processes run beside each other, and are not timed
     if stage:
         work = STAGES[stage][side](setting)
         work.run(min(2 * work.smallest, work.largest))
@@ -182,17 +184,18 @@ def answer(sender, function, arguments):
 
 
 def memory_rows(setting):
-    progress("memory: imports")
-    imports = alone(memory_of, setting, None, None, minutes=5)
+    progress("memory")
+    jobs = [(None, None), *((stage, side) for stage in IN_MEMORY for side in (0, 1))]
+    with ThreadPoolExecutor(3) as pool:
+        used = list(pool.map(lambda job: alone(memory_of, setting, *job, minutes=5), jobs))
+    imports = used.pop(0)["memory_mb"]
     rows = []
-    for stage in IN_MEMORY:
-        progress(f"memory: {stage}")
-        ours, other = (alone(memory_of, setting, stage, side, minutes=5) for side in (0, 1))
+    for stage, ours, other in zip(IN_MEMORY, used[0::2], used[1::2], strict=True):
         kind = "gpu_mb" if ours["gpu_mb"] else "memory_mb"
         rows.append({
             "stage": f"peak memory: {stage}", "unit": "MB", "ours": ours[kind],
             "classic": other[kind], "ratio": None, "of_limit": None,
-            "note": f"imports alone: {imports['memory_mb']:.0f} MB" if kind == "memory_mb"
+            "note": f"imports alone: {imports:.0f} MB" if kind == "memory_mb"
             else f"of the GPU; of the process {ours['memory_mb']:.0f} MB",
         })  # fmt: skip
     return rows

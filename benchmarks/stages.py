@@ -29,7 +29,7 @@ from features import encode_images, fast_precision
 from model import EncoderCNN, eval_transform
 from options import Options
 from train import Trainer, build_model, pick_device
-from vocabulary import Vocabulary
+from vocabulary import Vocabulary, pack
 
 SIZES = {"embed_size": Options.embed_size, "hidden_size": Options.hidden_size}  # of both decoders
 
@@ -78,14 +78,15 @@ def some_paths(setting, count):
 # ---------------------------------------------------------------------------- vocabulary, encoding
 
 
-def ours_vocabulary(setting):
+def ours_vocabulary(warm, setting):
+    """From captions to a vocabulary and every caption's indices; `warm`: once more."""
     captions = texts(setting)[: setting.tokenised]
 
     def run(count):
-        vocab = Vocabulary.build(captions[:count], threshold=5)
-        for caption in captions[:count]:
-            vocab.encode(caption)
-        return len(captions[:count])
+        with TemporaryDirectory(dir=setting.folder) as empty:
+            packed = pack(captions[:count], setting.folder if warm else empty)
+        _, lengths = Vocabulary.from_counts(packed.counts(), threshold=5).encode_all(packed)
+        return len(lengths)
 
     return Work(run, len(captions), len(captions))
 
@@ -283,7 +284,16 @@ def classic_decoding(beam_size, setting):
 
 
 STAGES = {  # name: (ours, classic, items)
-    "vocabulary": (ours_vocabulary, classic_vocabulary, "captions"),
+    "vocabulary, first start": (
+        partial(ours_vocabulary, False),
+        classic_vocabulary,
+        "captions",
+    ),
+    "vocabulary, later starts": (
+        partial(ours_vocabulary, True),
+        classic_vocabulary,
+        "captions",
+    ),
     "image pipeline": (
         partial(load, eval_transform),
         partial(load, classic.transform),

@@ -5,11 +5,13 @@ import os
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabulary import SPECIALS, Vocabulary, tokenize
+import vocabulary
+from vocabulary import SPECIALS, Vocabulary, pack, tokenize
 
 CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
 
@@ -215,3 +217,67 @@ def test_load_refuses_other_json(tmp_path, content):
     (tmp_path / "v.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="v.json is not a vocabulary"):
         Vocabulary.load(tmp_path / "v.json")
+
+
+# ---------------------------------------------------------------------------- many at once
+
+MANY = ["A dog runs.", "", "a dog's ball", "?!", "the old red bus"]
+
+
+@pytest.fixture
+def packed_twice(tmp_path, monkeypatch):
+    """MANY packed, and packed again by a function that could not tokenise any more."""
+    first = pack(MANY, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabulary, "tokenize", None)
+        return first, pack(MANY, tmp_path)
+
+
+@pytest.mark.parametrize("where", ["computed", "from the cache"])
+def test_pack_and_encode_all(packed_twice, where):
+    """Packed captions, computed or from the cache, are encoded as one by one."""
+    packed = packed_twice[where == "from the cache"]
+    vocab = Vocabulary.build(["a dog", "the dog's bus"], threshold=1)
+    ids, lengths = vocab.encode_all(packed)
+    expected = [vocab.encode(caption) for caption in MANY]
+    assert lengths.tolist() == [len(ids) for ids in expected]
+    assert ids.tolist() == [index for ids in expected for index in ids]
+
+
+@pytest.mark.parametrize("threshold", [1, 2])
+def test_vocabulary_from_packed(packed_twice, threshold):
+    """The counts of packed captions give the same vocabulary as the captions themselves."""
+    for packed in packed_twice:
+        words = Vocabulary.from_counts(packed.counts(), threshold).words
+        assert words == Vocabulary.build(MANY, threshold).words
+
+
+def test_pack_without_words(tmp_path):
+    """Captions without a single word can be packed and found again."""
+    for _ in range(2):
+        packed = pack(["", "?"], tmp_path)
+        assert packed.counts() == {} and packed.lengths.tolist() == [0, 0]
+
+
+def test_other_captions_are_packed_anew(tmp_path):
+    """Packed captions are never taken for others."""
+    pack(["a dog", "a cat"], tmp_path)
+    assert pack(["a dog a", "cat"], tmp_path).lengths.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut off", "empty", "text"])
+def test_damaged_pack(tmp_path, damage):
+    """A damaged file of packed captions is replaced by a right one."""
+    right = pack(MANY, tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[content.index(b"NUMPY") + 150] ^= 1
+    whole = path.read_bytes()
+    damaged = {"a byte": content, "cut off": whole[:-40], "empty": b"", "text": b"words"}
+    path.write_bytes(damaged[damage])
+    for _ in range(2):
+        again = pack(MANY, tmp_path)
+        assert again.words == right.words
+        np.testing.assert_array_equal(again.ids, right.ids)
+        np.testing.assert_array_equal(again.lengths, right.lengths)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
