@@ -1,4 +1,4 @@
-"""One process or many: the same calls work with and without torchrun.
+"""One process or many, on whatever device: the same calls work with and without torchrun.
 
 with process_group(device):          # does nothing unless torchrun started this process
     rank, world = rank_and_world()   # 0, 1 without it
@@ -76,3 +76,30 @@ def say(text):
     """Print, once."""
     if rank_and_world()[0] == 0:
         print(text, flush=True)
+
+
+# ---------------------------------------------------------------------------- devices
+
+
+def pick_device(name) -> torch.device:
+    """The device of that name; "auto": the GPU, this process's own under torchrun, or the CPU."""
+    if name != "auto":
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def only_deterministic_operations():
+    """From here on PyTorch takes no shortcut whose result depends on the order of its threads.
+
+    On a CPU a run is the same every time without it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.use_deterministic_algorithms(True)

@@ -3,6 +3,7 @@
     nll, tokens = caption_nll(model, images, captions)      # teacher forcing
     nll, tokens = evaluate(model, val_loader)               # the same, summed over a split
     captions = caption_split(model, test_loader)            # free-running
+    metrics = score(model, val_loader, training_captions)   # all there is to report
 
 Wherever `images` are asked for, pooled CNN features (B, feature_size) do as well.
 """
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distributed import all_sum
+from data_loader import get_loader
+from distributed import all_sum, gather, interleave, rank_and_world
+from metrics import caption_scores, diagnostics, perplexity, unk_rate
+from vocabulary import TOKENIZER, tokenize
 
 PAD = 0  # the index of <pad>
 
@@ -73,3 +77,24 @@ def caption_split(model, loader, beam_size=3, max_len=20, blind=False, **samplin
         ids = model.decoder.sample(features, beam_size, max_len, **sampling)
         captions += map(model.text, ids)
     return captions
+
+
+def score(model, val_loader, training_captions, beam_size=3, blind=False) -> dict:
+    """All there is to report of a split: perplexity, scores of free-running captions, diagnostics.
+
+    `val_loader` is a `get_loader(..., mode="val")`, whose images are captioned too. Of several
+    processes, each captions its share, and all get the scores.
+    """
+    dataset, (rank, world) = val_loader.dataset, rank_and_world()
+    data = dataset.data
+    loader = get_loader(data, transform=dataset.transform, features=dataset.features, mode="test",
+                        rank=rank, world=world)  # fmt: skip
+    candidates = interleave(gather(caption_split(model, loader, beam_size, blind=blind)))
+    nll, tokens = evaluate(model, val_loader, blind)
+    references = [text for texts in data.captions for text in texts]
+    scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
+    return {
+        "images": len(data), "beam_size": beam_size, "val_perplexity": perplexity(nll, tokens),
+        "unk_rate": unk_rate(references, set(model.words), tokenize), **scores,
+        **diagnostics(candidates, training_captions, model.words, tokenize),
+    }  # fmt: skip

@@ -22,7 +22,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from distributed import barrier, rank_and_world
+from distributed import barrier, rank_and_world, say
+from model import BadImageError
 
 FORMAT = "1"  # raise it when what the files hold, or how images are opened, changes
 TODO, DONE, BAD = 0, 1, 2  # the state of a row
@@ -187,6 +188,24 @@ def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
     looked = DataLoader(Readable(paths, transform), None, num_workers=workers)
     bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout)
     return {row: why for row, (_, why) in enumerate(bar) if why}
+
+
+def leave_out(splits, bad, skip):
+    """Name what cannot be used. Unreadable images stop the run, unless they may be left out."""
+    for split in splits:
+        if split.uncaptioned:
+            count = len(split.uncaptioned)
+            say(f"{split.captions_file}: {count} images have no caption and are left out")
+    reasons = [why for rows in bad for why in rows.values()]
+    if not reasons:
+        return
+    found = f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
+    if not skip:
+        raise BadImageError(f"{found}\nreplace them, or leave them out with --skip-bad-images")
+    say(f"{found}\nThey are left out, with their captions.")
+    for split, rows in zip(splits, bad, strict=True):
+        if len(rows) == len(split):
+            raise BadImageError(f"no image of {split.captions_file} can be read")
 
 
 def fast_precision(device):

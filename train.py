@@ -15,7 +15,6 @@ metrics.json.
 import hashlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -39,18 +38,19 @@ from distributed import (
     all_sum,
     barrier,
     gather,
-    interleave,
+    only_deterministic_operations,
     parallel,
+    pick_device,
     process_group,
     rank_and_world,
     say,
 )
-from engine import TeacherForcing, caption_split, evaluate
-from features import encode_images, fast_precision, find_bad_images
-from metrics import caption_scores, diagnostics, perplexity, unk_rate
-from model import BadImageError, CaptionModel, load_safely, train_transform
+from engine import TeacherForcing, evaluate, score
+from features import encode_images, fast_precision, find_bad_images, leave_out
+from metrics import perplexity
+from model import CaptionModel, load_safely, train_transform
 from options import Options, parse
-from vocabulary import TOKENIZER, Vocabulary, pack, tokenize
+from vocabulary import Vocabulary, pack
 
 # What may differ between a run and its resumption; all else would make it another run.
 MAY_CHANGE = {
@@ -302,23 +302,10 @@ class Trainer:
         """Caption the validation images with best.pt, score them; write and return metrics.json."""
         barrier()  # best.pt is complete when the first process gets here
         model = CaptionModel.from_checkpoint(self.out / "best.pt", self.device)
-        dataset, data = self.val_loader.dataset, self.val_data
-        loader = get_loader(data, transform=dataset.transform, features=dataset.features,
-                            mode="test", rank=self.rank, world=self.world)  # fmt: skip
-        shares = gather(caption_split(model, loader, beam_size, blind=self.options.blind))
-        candidates = interleave(shares)
-        nll, tokens = evaluate(model, self.val_loader, self.options.blind)
-        training, references = (
-            [text for texts in split.captions for text in texts]
-            for split in (self.train_data, self.val_data)
+        training = [text for texts in self.train_data.captions for text in texts]
+        metrics = {"split": "validation"} | score(
+            model, self.val_loader, training, beam_size, self.options.blind
         )
-        scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
-        metrics = {
-            "split": "validation", "images": len(data), "beam_size": beam_size,
-            "val_perplexity": perplexity(nll, tokens),
-            "unk_rate": unk_rate(references, self.vocab.index, tokenize),
-            **scores, **diagnostics(candidates, training, self.vocab.words, tokenize),
-        }  # fmt: skip
         if self.rank == 0:
             write_atomically(json.dumps(metrics, indent=2), self.out / "metrics.json")
         return metrics
@@ -335,52 +322,10 @@ def learning_rate(options, epoch: float) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
-def leave_out(splits, bad, skip):
-    """Name what cannot be used. Unreadable images stop the run, unless they may be left out."""
-    for split in splits:
-        if split.uncaptioned:
-            count = len(split.uncaptioned)
-            say(f"{split.captions_file}: {count} images have no caption and are left out")
-    reasons = [why for rows in bad for why in rows.values()]
-    if not reasons:
-        return
-    found = f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
-    if not skip:
-        raise BadImageError(f"{found}\nreplace them, or leave them out with --skip-bad-images")
-    say(f"{found}\nThey are left out, with their captions.")
-    for split, rows in zip(splits, bad, strict=True):
-        if len(rows) == len(split):
-            raise BadImageError(f"no image of {split.captions_file} can be read")
-
-
 def build_model(options, vocab) -> CaptionModel:
     names = ("backbone", "weights", "fine_tune", "image_size", "embed_size", "hidden_size",
              "num_layers", "dropout", "inject")  # fmt: skip
     return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
-
-
-def pick_device(name) -> torch.device:
-    """The device of that name; "auto": the GPU, this process's own under torchrun, or the CPU."""
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def only_deterministic_operations():
-    """From here on PyTorch takes no shortcut whose result depends on the order of its threads.
-
-    On a CPU a run is the same every time without it.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
-    torch.use_deterministic_algorithms(True)
 
 
 def no_totals(device):

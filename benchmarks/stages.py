@@ -24,11 +24,12 @@ import torch
 from made_data import end_at_length, write_captions, write_features
 
 from data_loader import CaptionData, get_loader
+from distributed import pick_device
 from engine import caption_split
 from features import encode_images, fast_precision
 from model import EncoderCNN, eval_transform
 from options import Options
-from train import Trainer, build_model, pick_device
+from train import Trainer, build_model
 from vocabulary import Vocabulary, pack
 
 SIZES = {"embed_size": Options.embed_size, "hidden_size": Options.hidden_size}  # of both decoders

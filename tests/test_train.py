@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import command_line, tiny_options
 
+import engine
 import train
 from checkpoint import only_run_in, save_atomically
 from data_loader import CaptionData, get_loader
@@ -409,13 +410,13 @@ def test_blind_loss_ignores_the_image(blind):
 
 def test_blind_captions_ignore_the_image(blind, monkeypatch):
     """A blind model is scored as it was trained: it says the same of images however different."""
-    spoken, score = [], train.caption_scores
+    spoken, score = [], engine.caption_scores
 
     def listen(candidates, *rest):
         spoken.extend(candidates)
         return score(candidates, *rest)
 
-    monkeypatch.setattr(train, "caption_scores", listen)
+    monkeypatch.setattr(engine, "caption_scores", listen)
     different = np.random.default_rng(0).normal(size=(12, blind.model.encoder.feature_size))
     monkeypatch.setattr(blind.val_loader.dataset, "features", different)
     for weight in blind.model.decoder.parameters():
