@@ -100,16 +100,17 @@ class EncoderCNN(nn.Module):
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
     fine_tune: train the CNN too. Otherwise it is frozen: in eval mode whatever `train()` says, so
         that BatchNorm neither uses nor updates batch statistics, and without gradients.
+    mirror: look at the mirrored image as well and take the mean, which is steadier; twice the work.
 
     Raises ValueError for an unknown backbone or unfit weights, ConnectionError if the weights
     cannot be downloaded.
     """
 
     def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224):  # fmt: skip
+                 image_size=224, mirror=False):  # fmt: skip
         super().__init__()
         self.backbone = build_backbone(backbone, weights)
-        self.fine_tune = fine_tune
+        self.fine_tune, self.mirror = fine_tune, mirror
         self.backbone.requires_grad_(fine_tune)
         try:
             with torch.no_grad():
@@ -132,7 +133,10 @@ class EncoderCNN(nn.Module):
 
         With a frozen CNN this never changes, so it can be computed once and kept.
         """
-        return self.backbone(images).flatten(1)
+        seen = self.backbone(images).flatten(1)
+        if self.mirror:
+            seen = (seen + self.backbone(images.flip(3)).flatten(1)) / 2
+        return seen
 
     def forward(self, images):
         """(B, 3, H, W), or pooled features (B, feature_size) -> (B, embed_size)."""
@@ -373,17 +377,18 @@ class CaptionModel(nn.Module):
     """
 
     def __init__(self, words, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224, embed_size=512, hidden_size=512, num_layers=1, dropout=0.0,
-                 inject="pre"):  # fmt: skip
+                 image_size=224, mirror=False, embed_size=512, hidden_size=512, num_layers=1,
+                 dropout=0.0, inject="pre"):  # fmt: skip
         super().__init__()
         self.config = {
             "words": list(words), "backbone": backbone, "fine_tune": fine_tune,
-            "image_size": image_size, "embed_size": embed_size, "hidden_size": hidden_size,
-            "num_layers": num_layers, "dropout": dropout, "inject": inject,
+            "image_size": image_size, "mirror": mirror, "embed_size": embed_size,
+            "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout,
+            "inject": inject,
         }  # fmt: skip
         self.words = list(words)
         self.transform = eval_transform(image_size)
-        self.encoder = EncoderCNN(embed_size, backbone, weights, fine_tune, image_size)
+        self.encoder = EncoderCNN(embed_size, backbone, weights, fine_tune, image_size, mirror)
         self.decoder = DecoderRNN(
             embed_size, hidden_size, len(self.words), num_layers, dropout, inject
         )

@@ -26,6 +26,7 @@ class Options:
     weights: str | None = option("DEFAULT", "torchvision's name, a state dict's path, or none")
     fine_tune: bool = option(False, "train the CNN too: slow, nothing can be cached")
     image_size: int = option(224, "side of the square the CNN sees, in pixels")
+    mirror: bool = option(False, "see each image mirrored too, and take the mean: better, slower")
     embed_size: int = option(512, "size of word and image embeddings")
     hidden_size: int = option(512, "size of the LSTM's state")
     num_layers: int = option(1, "LSTM layers")

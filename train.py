@@ -323,8 +323,8 @@ def learning_rate(options, epoch: float) -> float:
 
 
 def build_model(options, vocab) -> CaptionModel:
-    names = ("backbone", "weights", "fine_tune", "image_size", "embed_size", "hidden_size",
-             "num_layers", "dropout", "inject")  # fmt: skip
+    names = ("backbone", "weights", "fine_tune", "image_size", "mirror", "embed_size",
+             "hidden_size", "num_layers", "dropout", "inject")  # fmt: skip
     return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
 
 

@@ -78,7 +78,7 @@ def test_second_call_encodes_nothing(encoder, paths, tmp_path, decoded):
     np.testing.assert_array_equal(first.rows, second.rows)
 
 
-@pytest.mark.parametrize("changed", ["weights", "image", "size", "order"])
+@pytest.mark.parametrize("changed", ["weights", "image", "size", "order", "mirror"])
 def test_other_input_is_encoded_anew(paths, tmp_path, decoded, changed):
     """Features of other weights, images or another image size are never taken for these."""
     torch.manual_seed(0)
@@ -93,6 +93,8 @@ def test_other_input_is_encoded_anew(paths, tmp_path, decoded, changed):
         size = 80
     if changed == "order":
         paths.reverse()
+    if changed == "mirror":
+        encoder.mirror = True
     found = encode_images(encoder, paths, eval_transform(size), tmp_path)
     assert decoded == paths
     with torch.no_grad():

@@ -196,6 +196,19 @@ def train_a_little(model):
     return before, model.encoder.backbone.state_dict()
 
 
+def test_mirror():
+    """With `mirror` an image and its mirror image give the same features, their mean without it."""
+    images = torch.rand(2, 3, 64, 64)
+    plain = EncoderCNN(4, SMALL, seeing_weights(), image_size=64).eval()
+    both = EncoderCNN(4, SMALL, seeing_weights(), image_size=64, mirror=True).eval()
+    flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
+    with torch.no_grad():
+        mean = (plain.pool(images) + plain.pool(flipped)) / 2
+        assert (plain.pool(images) - plain.pool(flipped)).abs().max() > 1e-2
+        torch.testing.assert_close(both.pool(images), mean)
+        torch.testing.assert_close(both.pool(flipped), mean)
+
+
 def test_frozen_backbone_stays():
     """Training changes no bit of a frozen CNN: no weight and no BatchNorm statistic."""
     before, after = train_a_little(tiny_model(dropout=0.5))
