@@ -1,8 +1,8 @@
 # make run        install, draw the dataset, execute the five notebooks; copies in runs/notebooks
 # make test       install, lint, run all tests
 # make notebooks  execute the notebooks and write the results into them
-# make faults     kill runs, fill disks, cut nodes off, and see that nothing is lost (minutes)
-# make clean      remove the environment, the drawn dataset and all runs
+# make faults     kill runs, nodes' workers, fill disks; see that nothing is lost (minutes)
+# make clean      remove what the above have made: environment, drawn dataset, its runs
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -31,4 +31,4 @@ faults: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv data/sample runs
+	rm -rf .venv data/sample runs/sample runs/notebooks runs/preliminaries runs/cache

@@ -30,8 +30,8 @@ def replacing(path: Path):
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         part.unlink(missing_ok=True)
         raise OSError(
-            f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What was saved "
-            "before is intact; free some space and go on with --resume"
+            f"cannot write {path} ({str(error).splitlines()[0]}); what was saved before is intact: "
+            "free some space if the disk is full, and go on with --resume"
         ) from None
 
 

@@ -225,6 +225,11 @@ class BucketSampler:
     def __init__(self, lengths, batch_size, seed=0, rank=0, world=1):
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world = rank, world
+        if min(batch_size, len(self.lengths)) < world:
+            raise ValueError(
+                f"{world} processes share every batch: batch_size ({batch_size}) and the number "
+                f"of captions ({len(self.lengths)}) have to be at least that"
+            )
         self.set_epoch(0)
 
     def set_epoch(self, epoch, start=0):

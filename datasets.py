@@ -29,7 +29,8 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     Such splits are written into `work_dir` (default: `data_dir`) as captions files of their own,
     the same every time.
 
-    download: fetch COCO if it is missing; first: only so many images of each split.
+    download: fetch COCO if it is missing; first: only so many images of each split, as they were
+    downloaded.
     Raises DataError naming what is missing and what to do, ValueError for an unknown name.
     """
     if name not in NAMES:
@@ -41,11 +42,16 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     if name == "folder":
         files = random_splits(data_dir / "captions.json", work_dir, THREE)
         return {split: (data_dir / "images", file) for split, file in files.items()}
-    if karpathy:
-        return {s: (data_dir, file) for s, file in karpathy_splits(karpathy, work_dir).items()}
+    if karpathy and name != "coco2014":
+        raise ValueError(f"Karpathy's split is of coco2014, not of {name}")
 
     year = int(name.removeprefix("coco"))
-    found = download_coco(data_dir, year, first=first) if download else find_coco(data_dir, year)
+    if download:
+        found = download_coco(data_dir, year, first=first)
+    else:
+        found = find_coco(data_dir, year, first)
+    if karpathy:
+        return {s: (data_dir, file) for s, file in karpathy_splits(karpathy, work_dir).items()}
     train_images, train_captions = found["train"]
     if "val" not in found:
         print(f"{data_dir} has no validation captions: a tenth of the training images is held out")
@@ -65,17 +71,17 @@ def sample_sizes(data_dir: Path) -> dict[str, int]:
         return SPLITS
 
 
-def find_coco(data_dir: Path, year: int) -> dict:
+def find_coco(data_dir: Path, year: int, first=None) -> dict:
     """The splits of COCO that lie in `data_dir`; training has to be there."""
-    found = {}
+    found, kind = {}, f".first{first}.json" if first else ".json"
     for split in ("train", "val"):
         images = data_dir / f"{split}{year}"
-        captions = data_dir / "annotations" / f"captions_{split}{year}.json"
+        captions = data_dir / "annotations" / f"captions_{split}{year}{kind}"
         if images.is_dir() and captions.is_file():
             found[split] = images, captions
     if "train" not in found:
         raise DataError(
             f"COCO {year} is not in {data_dir}: train{year}/ or annotations/captions_train{year}"
-            ".json is missing; set DOWNLOAD = True, or DATA_DIR to where it is"
+            f"{kind} is missing; set DOWNLOAD = True, or DATA_DIR to where it is"
         )
     return found

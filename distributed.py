@@ -82,8 +82,12 @@ def say(text):
 
 
 def pick_device(name) -> torch.device:
-    """The device of that name; "auto": the GPU, this process's own under torchrun, or the CPU."""
-    if name != "auto":
+    """The device of that name; "auto": a GPU (CUDA, then Apple's), or else the CPU.
+
+    Under torchrun "auto" and "cuda" are this process's own GPU. Raises ValueError if there is none
+    of that name.
+    """
+    if name != "auto" and not (name == "cuda" and "LOCAL_RANK" in os.environ):
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
@@ -94,6 +98,11 @@ def pick_device(name) -> torch.device:
         torch.cuda.set_device(device)
         return device
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def exact(tensor):
+    """In float64, so that long sums lose nothing; on the CPU if the device (MPS) has none."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def only_deterministic_operations():

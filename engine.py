@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_loader import get_loader
-from distributed import all_sum, gather, interleave, rank_and_world
+from distributed import all_sum, exact, gather, interleave, rank_and_world
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
 from vocabulary import TOKENIZER, tokenize
 
@@ -60,7 +60,7 @@ def evaluate(model, loader, blind=False) -> tuple[float, int]:
     total, count = 0.0, 0
     for images, captions, _ in loader:
         nll, tokens = caption_nll(model, images, captions, blind)
-        total, count = total + nll.double(), count + tokens
+        total, count = total + exact(nll), count + tokens
     model.train(was_training)
     total, count = all_sum(torch.as_tensor([total, count], dtype=torch.float64)).tolist()
     return total, int(count)
@@ -94,7 +94,7 @@ def score(model, val_loader, training_captions, beam_size=3, blind=False) -> dic
     references = [text for texts in data.captions for text in texts]
     scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
     return {
-        "images": len(data), "beam_size": beam_size, "val_perplexity": perplexity(nll, tokens),
+        "images": len(data), "beam_size": beam_size, "perplexity": perplexity(nll, tokens),
         "unk_rate": unk_rate(references, set(model.words), tokenize), **scores,
         **diagnostics(candidates, training_captions, model.words, tokenize),
     }  # fmt: skip

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from checkpoint import write_atomically
 from distributed import barrier, rank_and_world, say
 from model import BadImageError
 
@@ -36,18 +37,22 @@ class Features:
     bad: dict[int, str]  # row -> why it could not be read
 
 
-def encode_images(encoder, paths, transform, cache_dir, batch_size=64, workers=0) -> Features:
+def encode_images(encoder, paths, transform, cache_dir, batch_size=64, workers=0,
+                  skip_bad=False) -> Features:  # fmt: skip
     """`encoder.pool` of every image, from `cache_dir` if it is there, else computed and kept.
 
     Runs on the encoder's device. Interrupted, it goes on where it stopped; of several processes
     (torchrun) each encodes its share into the same files. An image that cannot be read does not
-    stop the others: all are listed in `bad`, for the caller to judge.
+    stop the others; in the end all such are named by a BadImageError or, with `skip_bad`, listed in
+    `bad` for the caller to judge.
     """
     name = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
     name.parent.mkdir(parents=True, exist_ok=True)
     rank, world = rank_and_world()
-    if rank == 0 and not (is_intact(name) or is_begun(name, len(paths))):
-        create(name, (len(paths), encoder.feature_size))
+    if rank == 0:
+        if not (is_intact(name) or is_begun(name, len(paths))):
+            create(name, (len(paths), encoder.feature_size))
+        forget_bad(name)
     barrier()  # nobody writes before the files are there
     state = np.load(f"{name}.state.npy", mmap_mode="r+")
     todo = np.flatnonzero(state == TODO)[rank::world]
@@ -56,10 +61,12 @@ def encode_images(encoder, paths, transform, cache_dir, batch_size=64, workers=0
         encode_rows(encoder, paths, transform, todo, rows, state, batch_size, workers)
     barrier()  # nobody reads before all have written
     if rank == 0 and not is_intact(name):
-        Path(f"{name}.json").write_text(json.dumps({"sha256": checksum(name)}))
+        write_atomically(json.dumps({"sha256": checksum(name)}), Path(f"{name}.json"))
     barrier()
     unreadable = Readable(paths, transform)
     bad = {int(row): unreadable[row][1] for row in np.flatnonzero(state == BAD)}
+    if bad and not skip_bad:
+        raise BadImageError(describe_bad(bad.values()))
     return Features(np.load(f"{name}.npy", mmap_mode="r"), bad)
 
 
@@ -117,6 +124,15 @@ def create(name, shape):
         ) from None
 
 
+def forget_bad(name):
+    """Look at unreadable images again: a disk or a network may be well by now."""
+    state = np.load(f"{name}.state.npy", mmap_mode="r+")
+    if (state == BAD).any():
+        Path(f"{name}.json").unlink(missing_ok=True)
+        state[state == BAD] = TODO
+        state.flush()
+
+
 def is_begun(name, images) -> bool:
     """Are there unfinished files to go on with?"""
     try:
@@ -150,7 +166,10 @@ def checksum(name) -> str:
 
 def fingerprint(encoder, paths, transform) -> str:
     """A short name for (encoder, transform, images): other input, other name."""
-    digest = hashlib.sha256(f"{FORMAT}{transform!r}{encoder.mirror}".encode())
+    device = encoder.linear.weight.device
+    with fast_precision(device):
+        facts = FORMAT, transform, encoder.mirror, torch.is_autocast_enabled(device.type)
+    digest = hashlib.sha256(repr(facts).encode())
     for name, tensor in encoder.backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
@@ -190,6 +209,10 @@ def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
     return {row: why for row, (_, why) in enumerate(bar) if why}
 
 
+def describe_bad(reasons) -> str:
+    return f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
+
+
 def leave_out(splits, bad, skip):
     """Name what cannot be used. Unreadable images stop the run, unless they may be left out."""
     for split in splits:
@@ -199,7 +222,7 @@ def leave_out(splits, bad, skip):
     reasons = [why for rows in bad for why in rows.values()]
     if not reasons:
         return
-    found = f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
+    found = describe_bad(reasons)
     if not skip:
         raise BadImageError(f"{found}\nreplace them, or leave them out with --skip-bad-images")
     say(f"{found}\nThey are left out, with their captions.")

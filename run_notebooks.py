@@ -60,13 +60,23 @@ def shrink(data, limit=60_000):
 
 
 def override(source, parameters) -> str:
-    """The source of a parameters cell with the assigned values replaced; comments stay."""
+    """The source of a parameters cell with the assigned values replaced."""
     lines = source.split("\n")
     for statement in reversed(ast.parse(source).body):
         name = statement.targets[0].id if isinstance(statement, ast.Assign) else None
         if name in parameters:
             lines[statement.lineno - 1 : statement.end_lineno] = [f"{name} = {parameters[name]!r}"]
     return "\n".join(lines)
+
+
+def known_parameters() -> set[str]:
+    """The names that the notebooks' parameters cells assign."""
+    names = set()
+    for name in NOTEBOOKS:
+        for cell in nbformat.read(HERE / f"{name}.ipynb", as_version=4).cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= set(re.findall(r"^(\w+) = ", cell.source, re.MULTILINE))
+    return names
 
 
 def parameter(text):
@@ -81,6 +91,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE / "runs" / "notebooks")
     arguments = parser.parse_args()
     parameters = dict(arguments.parameters)
+    unknown = parameters.keys() - known_parameters()
+    if unknown:
+        parser.error(f"no notebook has a parameter {', '.join(sorted(unknown))}")
     out = HERE if arguments.in_place else arguments.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning, no error

@@ -18,7 +18,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ from data_loader import CaptionData, get_loader
 from distributed import (
     all_sum,
     barrier,
+    exact,
     gather,
     only_deterministic_operations,
     parallel,
@@ -75,25 +76,24 @@ class Trainer:
             only_deterministic_operations()
         self.rank, self.world = rank_and_world()
         checkpoint = self.find_earlier_run()
-        splits = [
-            CaptionData(options.train_images, options.train_captions),
-            CaptionData(options.val_images, options.val_captions),
-        ]
-        captions = [text for texts in splits[0].captions for text in texts]
+        train_data = CaptionData(options.train_images, options.train_captions)
+        val_data = CaptionData(options.val_images, options.val_captions)
+        captions = [text for texts in train_data.captions for text in texts]
         self.vocab = Vocabulary.from_counts(
             pack(captions, options.cache).counts(), options.threshold
         )
         torch.manual_seed(options.seed)
         self.model = build_model(options, self.vocab).to(self.device)
-        features, bad = zip(*map(self.look_at, splits), strict=True)
-        leave_out(splits, bad, options.skip_bad_images)
-        self.train_data, self.val_data = (s.without(b) for s, b in zip(splits, bad, strict=True))
-        self.train_loader = self.loader(self.train_data, features[0], "train")
-        self.val_loader = self.loader(self.val_data, features[1], "val")
+        train_features, train_bad = self.look_at(train_data)
+        val_features, val_bad = self.look_at(val_data)
+        leave_out([train_data, val_data], [train_bad, val_bad], options.skip_bad_images)
+        self.train_data, self.val_data = train_data.without(train_bad), val_data.without(val_bad)
+        self.train_loader = self.loader(self.train_data, train_features, "train")
+        self.val_loader = self.loader(self.val_data, val_features, "val")
         self.network = parallel(TeacherForcing(self.model, options.blind))
-        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+            self.weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
         torch.manual_seed(options.seed + 1000 * self.rank)  # every process its own dropout
         self.history, self.step, self.totals = [], 0, no_totals(self.device)
@@ -107,7 +107,7 @@ class Trainer:
             if path.exists():
                 return load_safely(path)
             say(f"There is no {path} to go on from yet: this run starts at its beginning.")
-        elif path.exists() and not self.options.overwrite:
+        elif (path.exists() or (self.out / "best.pt").exists()) and not self.options.overwrite:
             raise ValueError(
                 f"{self.out} holds an earlier run: go on with --resume, start anew with "
                 "--overwrite, or name another folder with --out"
@@ -123,8 +123,9 @@ class Trainer:
         if options.fine_tune:
             return None, find_bad_images(data.paths, model.transform, options.workers)
         encoded = encode_images(
-            model.encoder, data.paths, model.transform, options.cache, workers=options.workers
-        )
+            model.encoder, data.paths, model.transform, options.cache, workers=options.workers,
+            skip_bad=True,
+        )  # fmt: skip
         return encoded.rows, encoded.bad
 
     def loader(self, data, features, mode):
@@ -148,6 +149,7 @@ class Trainer:
             if not self.history and not self.step and self.rank == 0:
                 forget_earlier_run(self.out)  # no file of it may be taken for one of this run
                 self.vocab.save(self.out / "vocabulary.json")
+            self.write_history()  # it comes after last.pt, so a kill may have left it behind
             try:
                 while not self.finished():
                     self.train_epoch(stop)
@@ -180,7 +182,7 @@ class Trainer:
             with fast_precision(self.device):
                 nll, tokens = self.network(images, captions)
             nll.backward()  # gradients add up until the optimizer's step
-            self.totals += torch.stack([nll.detach(), tokens]).to(self.totals)
+            self.totals += exact(torch.stack([nll.detach(), tokens]))
             targets = targets + tokens
             self.step += 1
             if self.step % options.accumulate and self.step < steps:
@@ -205,18 +207,19 @@ class Trainer:
         """One step of the optimizer, by the mean gradient over the targets of all processes."""
         # DDP has averaged the gradients over the processes, hence `world`.
         scale = self.world / all_sum(targets)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-            torch._foreach_mul_([w.grad for w in group["params"]], scale)
-            torch.nn.utils.clip_grad_norm_(group["params"], self.options.clip)
+        for weight in self.weights:
+            weight.grad.mul_(scale)
+        torch.nn.utils.clip_grad_norm_(self.weights, self.options.clip)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def must_stop(self, stop) -> bool:
-        """Has any process been told to end? They ask each other at every tenth step."""
+        """Has any process been told to end? They ask each other at every tenth update."""
         if self.world == 1:
             return stop.is_set()
-        return self.step % 10 == 0 and all_sum(self.totals.new_tensor(stop.is_set())).item() > 0
+        due = self.step % (10 * self.options.accumulate) < self.options.accumulate
+        return due and all_sum(self.totals.new_tensor(stop.is_set())).item() > 0
 
     def validate(self) -> dict:
         """A line of the history: what this epoch's training and the validation after it gave."""
@@ -261,16 +264,22 @@ class Trainer:
         }
         save_atomically(checkpoint, self.out / "last.pt")
         if self.step == 0:
-            lines = "".join(json.dumps(line) + "\n" for line in self.history)
-            write_atomically(lines, self.out / "history.jsonl")
-            table = [self.history[0].keys(), *(line.values() for line in self.history)]
-            lines = "".join(",".join(map(str, row)) + "\n" for row in table)
-            write_atomically(lines, self.out / "history.csv")
+            self.write_history()
+
+    def write_history(self):
+        if self.rank > 0 or not self.history:
+            return
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write_atomically(lines, self.out / "history.jsonl")
+        table = [self.history[0].keys(), *(line.values() for line in self.history)]
+        lines = "".join(",".join(map(str, row)) + "\n" for row in table)
+        write_atomically(lines, self.out / "history.csv")
 
     def restore(self, checkpoint):
         """Go on from what `save` kept, exactly; refuse if model, data or recipe are others."""
         try:
-            before = {**checkpoint["config"], **checkpoint["options"]}
+            usual = {f.name: f.default for f in fields(Options)}  # of options added since
+            before = {**usual, **checkpoint["config"], **checkpoint["options"]}
             changed = [
                 f"{name} was {str(before.get(name))[:60]}, is {str(value)[:60]}"
                 for name, value in {**self.model.config, **asdict(self.options)}.items()
@@ -287,6 +296,8 @@ class Trainer:
                 self.totals += checkpoint["totals"].to(self.totals)
             if len(checkpoint["rng"]) == self.world:
                 set_rng(checkpoint["rng"][self.rank], self.device)
+            else:
+                say("Another number of processes than before: their dropout is drawn anew.")
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(
                 f"{self.out / 'last.pt'} is not a run to go on with ({error}); "
@@ -329,8 +340,8 @@ def build_model(options, vocab) -> CaptionModel:
 
 
 def no_totals(device):
-    """Negative log-likelihood and number of targets so far; MPS has no float64, the CPU does."""
-    return torch.zeros(2, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    """Negative log-likelihood and number of targets so far."""
+    return exact(torch.zeros(2, device=device))
 
 
 def progress_bar(batches, title, done):

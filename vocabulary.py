@@ -74,15 +74,21 @@ def pack(captions: list[str], cache_dir=None) -> Packed:
         packed = _pack(captions)
     words = np.frombuffer("\n".join(packed.words).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{uuid.uuid4().hex}.part")  # several processes may be at it
+    _write(path, lambda file: np.savez(
+        file, words=words, ids=packed.ids, lengths=packed.lengths))  # fmt: skip
+    return packed
+
+
+def _write(path, write):
+    """Let `write` fill a file that appears whole or not at all."""
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # several processes may be at it
     try:
         with open(part, "wb") as file:
-            np.savez(file, words=words, ids=packed.ids, lengths=packed.lengths)
+            write(file)
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror}): is the disk full?") from None
-    return packed
 
 
 def _pack(captions) -> Packed:
@@ -173,10 +179,9 @@ class Vocabulary:
 
     def save(self, path) -> None:
         """Write the vocabulary as JSON; the file appears whole or not at all."""
-        part = Path(f"{path}.part")
         content = {"threshold": self.threshold, "words": self.words}
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")
-        os.replace(part, path)
+        text = json.dumps(content, ensure_ascii=False, indent=0)
+        _write(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path) -> "Vocabulary":

@@ -1,4 +1,4 @@
-"""Faults, tried: a killed process, a full disk, a dead node, 20 epochs of memory.
+"""Faults, tried: killed processes, on one node or two; full disks; 20 epochs of memory.
 
     python tests/faults.py                   # all of them, a few minutes; prints a table
     python tests/faults.py kill memory       # some of them

@@ -11,7 +11,7 @@ from PIL import Image
 
 import features
 from features import encode_images, find_bad_images
-from model import EncoderCNN, eval_transform
+from model import BadImageError, EncoderCNN, eval_transform
 
 transform = eval_transform(64)
 
@@ -153,7 +153,7 @@ def test_bad_images(encoder, paths, tmp_path):
     paths[3].unlink()
     paths[11].write_bytes(b"")
     for _ in range(2):  # computed, then from the file
-        found = encode_images(encoder, paths, transform, tmp_path, batch_size=4)
+        found = encode_images(encoder, paths, transform, tmp_path, batch_size=4, skip_bad=True)
         assert sorted(found.bad) == [2, 3, 11]
         assert all(str(paths[row]) in why for row, why in found.bad.items())
         assert not found.rows[[2, 3, 11]].any()
@@ -163,11 +163,40 @@ def test_bad_images(encoder, paths, tmp_path):
         )
 
 
+def test_image_that_recovers(encoder, paths, tmp_path, monkeypatch):
+    """An image that could not be read for a while is encoded as soon as it can be."""
+    opened = Image.open
+
+    def fail(source):
+        if source == paths[5]:
+            raise OSError("the network is down")
+        return opened(source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        found = encode_images(encoder, paths, transform, tmp_path, skip_bad=True)
+        assert list(found.bad) == [5]
+    found = encode_images(encoder, paths, transform, tmp_path)
+    assert found.bad == {}
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+
+def test_bad_images_stop_the_caller(encoder, paths, tmp_path):
+    """Without `skip_bad`, unreadable images are an error that names all of them."""
+    paths[2].write_bytes(b"no image")
+    paths[3].unlink()
+    with pytest.raises(BadImageError) as caught:
+        encode_images(encoder, paths, transform, tmp_path)
+    for row, path in enumerate(paths):
+        assert (str(path) in str(caught.value)) == (row in (2, 3))
+
+
 def test_no_good_image(encoder, paths, tmp_path):
     """Even if no image can be read, that is a list of reasons and not a crash."""
     for path in paths:
         path.write_bytes(b"no image")
-    assert sorted(encode_images(encoder, paths, transform, tmp_path).bad) == list(range(12))
+    found = encode_images(encoder, paths, transform, tmp_path, skip_bad=True)
+    assert sorted(found.bad) == list(range(12))
 
 
 def test_find_bad_images(paths):

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 MAY_IMPORT = {
     "data_loader": {"vocabulary"},
     "engine": {"data_loader", "distributed", "metrics", "vocabulary"},
-    "features": {"distributed", "model"},
+    "features": {"checkpoint", "distributed", "model"},
     "datasets": {"data_loader", "download", "sample_data"},
     "pretrain_sample": {"sample_data"},
     "train": {

@@ -133,7 +133,7 @@ def test_report(finished):
     (finished.out / "metrics.json").unlink()
     assert kept == metrics
     best = min(finished.history, key=lambda line: line["val_loss"])
-    assert metrics["val_perplexity"] == pytest.approx(best["val_perplexity"])
+    assert metrics["perplexity"] == pytest.approx(best["val_perplexity"])
     assert metrics["images"] == 12 and metrics["unk_rate"] == 0
     for name in ("BLEU-4", "ROUGE-L", "CIDEr-D", "distinct", "seen in training"):
         assert metrics[name] >= 0
