@@ -15,9 +15,7 @@ from torch import nn
 from data_loader import get_loader
 from distributed import all_sum, exact, gather, interleave, rank_and_world
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
-from vocabulary import TOKENIZER, tokenize
-
-PAD = 0  # the index of <pad>
+from vocabulary import PAD, TOKENIZER, tokenize
 
 
 def caption_nll(model, images, captions, blind=False):

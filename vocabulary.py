@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 from nltk.tokenize import RegexpTokenizer
 
-PAD, START, END, UNK = "<pad>", "<start>", "<end>", "<unk>"
-SPECIALS = (PAD, START, END, UNK)  # their places in this tuple are their indices: 0, 1, 2, 3
+SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")  # the first words of every vocabulary
+PAD, START, END, UNK = range(4)  # their indices
 
 # A word is a run of letters and digits, held together by inner hyphens and apostrophes ("t-shirt",
 # "don't"); the possessive 's is a word of its own, as in the Penn Treebank, so that "dog's" does
@@ -142,11 +142,11 @@ class Vocabulary:
 
     def __call__(self, word: str) -> int:
         """The index of `word`, or that of `<unk>`."""
-        return self.index.get(word, 3)
+        return self.index.get(word, UNK)
 
     def encode(self, caption: str) -> list[int]:
         """The indices of a caption's words, from `<start>` to `<end>`."""
-        return [1, *(self(word) for word in tokenize(caption)), 2]
+        return [START, *(self(word) for word in tokenize(caption)), END]
 
     def encode_all(self, packed: Packed):
         """As `encode`, for many captions, one after the other: (indices, length of each caption).
@@ -158,7 +158,7 @@ class Vocabulary:
         ids = np.empty(lengths.sum(), np.int32)
         is_word = np.ones(len(ids), bool)
         is_word[ends - lengths] = is_word[ends - 1] = False
-        ids[ends - lengths], ids[ends - 1] = 1, 2
+        ids[ends - lengths], ids[ends - 1] = START, END
         ids[is_word] = np.array([self(word) for word in packed.words], np.int32)[packed.ids]
         return ids, lengths
 
@@ -169,11 +169,11 @@ class Vocabulary:
         """
         words = []
         for index in map(int, ids):
-            if index == 2:
+            if index == END:
                 break
             if not 0 <= index < len(self):
                 raise IndexError(f"no word has index {index}: this vocabulary has {len(self)}")
-            if index > 1:
+            if index not in (PAD, START):
                 words.append(self.words[index])
         return " ".join(words)
 

@@ -299,7 +299,7 @@ def test_overwrite(finished, tmp_path):
     "change, said",
     [
         ({"hidden_size": 24}, "hidden_size was 16, is 24"),
-        ({"inject": "par"}, "inject was pre, is par"),
+        ({"inject": "init"}, "inject was par, is init"),
         ({"learning_rate": 0.5}, "learning_rate was 0.02, is 0.5"),
         ({"blind": True}, "blind was False, is True"),
         ({"threshold": 2}, "threshold was 1, is 2"),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import model
 import vocabulary
 from vocabulary import SPECIALS, Vocabulary, pack, tokenize
 
@@ -250,6 +251,12 @@ def test_vocabulary_from_packed(packed_twice, threshold):
     for packed in packed_twice:
         words = Vocabulary.from_counts(packed.counts(), threshold).words
         assert words == Vocabulary.build(MANY, threshold).words
+
+
+def test_special_indices():
+    """model.py, which imports nothing of the project, has the same special indices."""
+    for name, word in zip(("PAD", "START", "END", "UNK"), SPECIALS, strict=True):
+        assert getattr(model, name) == getattr(vocabulary, name) == SPECIALS.index(word)
 
 
 def test_pack_without_words(tmp_path):
