@@ -46,8 +46,15 @@ def execute(name, parameters, progress):
         cell.metadata.pop("execution", None)  # when each cell ran: noise in every diff
         for output in cell.get("outputs", []):
             shrink(output.get("data", {}))
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_spent(output)]
     notebook.metadata.pop("widgets", None)
     return notebook
+
+
+def is_spent(output) -> bool:
+    """Is this but the blanks with which a progress bar wiped itself away?"""
+    return output.output_type == "stream" and not output.text.strip()
 
 
 def shrink(data, limit=60_000):

@@ -157,19 +157,18 @@ def test_save_and_load(tmp_path):
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    """A save that fails half-way leaves the earlier vocabulary as it was."""
+    """A save that fails leaves the earlier vocabulary as it was, and nothing beside it."""
     path = tmp_path / "v.json"
     Vocabulary.build(CAPTIONS, threshold=1).save(path)
     before = path.read_bytes()
 
-    def write_half(self, text, **kwargs):
-        self.write_bytes(text.encode()[:10])
+    def full(*args):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Path, "write_text", write_half)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="v.json.*No space left"):
         Vocabulary.build(CAPTIONS, threshold=3).save(path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["v.json"]
 
 
 def test_load_without_a_file(tmp_path):
