@@ -109,7 +109,8 @@ class EncoderCNN(nn.Module):
     def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False,
                  image_size=224, mirror=False):  # fmt: skip
         super().__init__()
-        self.backbone = build_backbone(backbone, weights)
+        # Channels last is how convolutions are fastest, on CPUs and GPUs alike.
+        self.backbone = build_backbone(backbone, weights).to(memory_format=torch.channels_last)
         self.fine_tune, self.mirror = fine_tune, mirror
         self.backbone.requires_grad_(fine_tune)
         try:

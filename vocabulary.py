@@ -153,7 +153,7 @@ class Vocabulary:
 
         The lengths include `<start>` and `<end>`.
         """
-        lengths = packed.lengths + 2
+        lengths = packed.lengths.astype(np.int64) + 2
         ends = np.cumsum(lengths)
         ids = np.empty(lengths.sum(), np.int32)
         is_word = np.ones(len(ids), bool)

@@ -151,7 +151,7 @@ def memory_of(setting, stage, side):
     torch.set_num_threads(1)  # these processes run beside each other, and are not timed
     if stage:
         work = STAGES[stage][side](setting)
-        work.run(min(2 * work.smallest, work.largest))
+        work.run(work.smallest)
     return {
         "memory_mb": peak_memory(),
         "gpu_mb": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,

@@ -26,7 +26,7 @@ from made_data import end_at_length, write_captions, write_features
 from data_loader import CaptionData, get_loader
 from distributed import pick_device
 from engine import caption_split
-from features import encode_images, fast_precision
+from features import encode_images, fast_precision, suitable_batch
 from model import EncoderCNN, eval_transform
 from options import Options
 from train import Trainer, build_model
@@ -135,8 +135,8 @@ def in_batches(encode, images, count):
 
 def ours_forward(setting):
     """What features.encode_rows does with a batch."""
-    images = torch.rand(setting.batch_size, 3, 224, 224)
     cnn, device = encoder(setting), setting.device
+    images = torch.rand(suitable_batch(device), 3, 224, 224)
 
     @torch.inference_mode()
     def encode(images):

@@ -3,7 +3,6 @@
 import json
 import os
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
