@@ -101,7 +101,7 @@ def kill(folder, times=25):
                       resume=True)  # fmt: skip
         process = start(run)
         process.join(moment)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         kept.append(check_readable(run))
         status, log, _ = finish(run)
