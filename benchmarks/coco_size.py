@@ -30,7 +30,7 @@ def coco(setting, quick):
     write_features(folder / f"features-{images}.npy", images, encoder(setting).feature_size)
     setting = replace(setting, images=str(folder), captions=str(folder / "coco.json"))
     progress("a process of its own reads them and trains")
-    rows = alone(coco_run, setting, 20 if quick else 300)
+    rows = alone(coco_run, setting, 20 if quick else 100)
     return {"rows": [plain_row(*row) for row in rows]}
 
 

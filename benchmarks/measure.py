@@ -175,6 +175,7 @@ def alone(function, *arguments, minutes=60):
     except EOFError:
         raise RuntimeError(f"{function.__name__} died; is there too little memory?") from None
     finally:
+        process.join(5)  # let it end by itself, if it has answered
         process.kill()
         process.join()
 
