@@ -17,7 +17,7 @@ from stages import encoder, new_trainer
 import train
 
 COCO = {"images": 123_287, "captions": 616_767, "words": 10_000}
-PHASES = ((train, "CaptionData"), (train.Vocabulary, "build"), (train, "build_model"),
+PHASES = ((train, "CaptionData"), (train, "pack"), (train, "build_model"),
           (train, "get_loader"))  # fmt: skip
 
 
