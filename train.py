@@ -101,7 +101,7 @@ class Trainer:
             self.restore(checkpoint)
 
     def find_earlier_run(self):
-        """The checkpoint to go on from, if that is asked for; an earlier run is never lost."""
+        """The checkpoint to go on from, if that is asked for; else an earlier run is refused."""
         path = self.out / "last.pt"
         if self.options.resume:
             if path.exists():
