@@ -31,4 +31,4 @@ faults: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv data/sample runs/sample runs/notebooks runs/preliminaries runs/cache
+	rm -rf .venv data/sample runs/sample runs/notebooks runs/cache

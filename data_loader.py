@@ -22,7 +22,7 @@ import torch
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
-from vocabulary import pack
+from vocabulary import pack, whole_file
 
 MODES = ("train", "val", "test")
 
@@ -344,7 +344,6 @@ def write_splits(splits, out_dir, description) -> dict[str, Path]:
     for name, split in splits.items():
         files[name] = Path(out_dir) / f"captions_{name}.json"
         content = {"info": {"description": description}, "licenses": [], **split}
-        part = files[name].with_suffix(".part")
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, files[name])
+        with whole_file(files[name]) as file:
+            file.write(json.dumps(content).encode())
     return files

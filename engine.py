@@ -18,7 +18,7 @@ from metrics import caption_scores, diagnostics, perplexity, unk_rate
 from vocabulary import PAD, TOKENIZER, tokenize
 
 
-def caption_nll(model, images, captions, blind=False):
+def caption_nll(model, images, captions):
     """Teacher forcing: the negative log-likelihood of a batch, summed, and its number of targets.
 
     images: (B, 3, H, W), or pooled features (B, feature_size). captions: (B, T), on the CPU.
@@ -28,9 +28,8 @@ def caption_nll(model, images, captions, blind=False):
     real = captions[:, 1:].flatten().ne(PAD).nonzero().squeeze(1)  # found on the CPU: no GPU wait
     targets = captions[:, 1:].flatten()[real].to(device, non_blocking=True)
     images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
-    features = model.encoder(torch.zeros_like(images) if blind else images)
-    hidden = model.decoder.hidden(features, captions).flatten(0, 1)  # (B * (T-1), hidden_size)
-    hidden = hidden.index_select(0, real.to(device, non_blocking=True))  # (targets, hidden_size)
+    hidden = model.decoder.hidden(model.encoder(images), captions)  # (B, T-1, hidden_size)
+    hidden = hidden.flatten(0, 1).index_select(0, real.to(device, non_blocking=True))
     logits = model.decoder.linear(hidden).float()  # (targets, vocab_size)
     return F.cross_entropy(logits, targets, reduction="sum"), len(real)
 
@@ -38,17 +37,17 @@ def caption_nll(model, images, captions, blind=False):
 class TeacherForcing(nn.Module):
     """`caption_nll` as a module, since that is what DistributedDataParallel can wrap."""
 
-    def __init__(self, model, blind=False):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.blind = model, blind
+        self.model = model
 
     def forward(self, images, captions):
-        nll, tokens = caption_nll(self.model, images, captions, self.blind)
+        nll, tokens = caption_nll(self.model, images, captions)
         return nll, nll.new_tensor(tokens)
 
 
 @torch.no_grad()
-def evaluate(model, loader, blind=False) -> tuple[float, int]:
+def evaluate(model, loader) -> tuple[float, int]:
     """(total negative log-likelihood in nats, number of real targets) over a whole split.
 
     Of several processes, each looks at the batches of its own loader, and all get the sums.
@@ -57,19 +56,18 @@ def evaluate(model, loader, blind=False) -> tuple[float, int]:
     model.eval()
     total, count = 0.0, 0
     for images, captions, _ in loader:
-        nll, tokens = caption_nll(model, images, captions, blind)
+        nll, tokens = caption_nll(model, images, captions)
         total, count = total + exact(nll), count + tokens
     model.train(was_training)
     total, count = all_sum(torch.as_tensor([total, count], dtype=torch.float64)).tolist()
     return total, int(count)
 
 
-def caption_split(model, loader, beam_size=3, max_len=20, blind=False, **sampling) -> list[str]:
+def caption_split(model, loader, beam_size=3, max_len=20, **sampling) -> list[str]:
     """A free-running caption for every image of a `get_loader(..., mode="test")`, in order."""
     device = model.decoder.linear.weight.device
     captions = []
     for images, _ in loader:
-        images = torch.zeros_like(images) if blind else images
         with torch.no_grad():
             features = model.encoder(images.to(device))
         ids = model.decoder.sample(features, beam_size, max_len, **sampling)
@@ -77,7 +75,7 @@ def caption_split(model, loader, beam_size=3, max_len=20, blind=False, **samplin
     return captions
 
 
-def score(model, val_loader, training_captions, beam_size=3, blind=False) -> dict:
+def score(model, val_loader, training_captions, beam_size=3) -> dict:
     """All there is to report of a split: perplexity, scores of free-running captions, diagnostics.
 
     `val_loader` is a `get_loader(..., mode="val")`, whose images are captioned too. Of several
@@ -87,8 +85,8 @@ def score(model, val_loader, training_captions, beam_size=3, blind=False) -> dic
     data = dataset.data
     loader = get_loader(data, transform=dataset.transform, features=dataset.features, mode="test",
                         rank=rank, world=world)  # fmt: skip
-    candidates = interleave(gather(caption_split(model, loader, beam_size, blind=blind)))
-    nll, tokens = evaluate(model, val_loader, blind)
+    candidates = interleave(gather(caption_split(model, loader, beam_size)))
+    nll, tokens = evaluate(model, val_loader)
     references = [text for texts in data.captions for text in texts]
     scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
     return {

@@ -3,8 +3,8 @@
     model = CaptionModel.from_checkpoint("runs/sample/best.pt")
     model.caption("photo.jpg")                    # ["a dog runs across the grass"]
 
-    encoder = EncoderCNN(embed_size=512)          # ResNet50, frozen, + a trainable linear layer
-    decoder = DecoderRNN(embed_size=512, hidden_size=512, vocab_size=len(vocab))
+    encoder = EncoderCNN(embed_size=256)          # ResNet50, frozen, + a trainable linear layer
+    decoder = DecoderRNN(embed_size=256, hidden_size=512, vocab_size=len(vocab))
     logits = decoder(encoder(images), captions)   # (B, T-1, vocab_size), for captions[:, 1:]
 
 The recipe is Show and Tell (Vinyals et al., 2015, arXiv:1411.4555). Tanti et al. (2018,
@@ -42,7 +42,7 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
     result keeps both sides at or above it. Transparent pixels become white. Raises BadImageError.
     """
     given = isinstance(source, Image.Image)
-    name = "the image" if given else source
+    name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -101,17 +101,18 @@ class EncoderCNN(nn.Module):
     fine_tune: train the CNN too. Otherwise it is frozen: in eval mode whatever `train()` says, so
         that BatchNorm neither uses nor updates batch statistics, and without gradients.
     mirror: look at the mirrored image as well and take the mean, which is steadier; twice the work.
+    blind: see zeros whatever the image is: the no-image baseline.
 
     Raises ValueError for an unknown backbone or unfit weights, ConnectionError if the weights
     cannot be downloaded.
     """
 
     def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224, mirror=False):  # fmt: skip
+                 image_size=224, mirror=False, blind=False):  # fmt: skip
         super().__init__()
         # Channels last is how convolutions are fastest, on CPUs and GPUs alike.
         self.backbone = build_backbone(backbone, weights).to(memory_format=torch.channels_last)
-        self.fine_tune, self.mirror = fine_tune, mirror
+        self.fine_tune, self.mirror, self.blind = fine_tune, mirror, blind
         self.backbone.requires_grad_(fine_tune)
         try:
             with torch.no_grad():
@@ -122,6 +123,7 @@ class EncoderCNN(nn.Module):
                 f"{backbone} cannot see images of size {image_size}: {error}"
             ) from None
         self.linear = nn.Linear(self.feature_size, embed_size)
+        self.train()
 
     def train(self, mode=True):
         super().train(mode)
@@ -141,7 +143,8 @@ class EncoderCNN(nn.Module):
 
     def forward(self, images):
         """(B, 3, H, W), or pooled features (B, feature_size) -> (B, embed_size)."""
-        return self.linear(self.pool(images) if images.dim() == 4 else images)
+        seen = self.pool(images) if images.dim() == 4 else images
+        return self.linear(torch.zeros_like(seen) if self.blind else seen)
 
 
 def build_backbone(name, weights):
@@ -293,11 +296,14 @@ class DecoderRNN(nn.Module):
             log-probability / length ** length_penalty is returned (length counts `<end>`).
         temperature: above 0, words are drawn instead, from the `top_k` likeliest if that is given.
         The lists hold words only: no `<start>`, `<end>`, `<pad>`, and never `<unk>`.
+        Raises ValueError for settings that contradict each other, or if the model computes NaN.
         """
         if beam_size < 1 or max_len < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError("beam_size, max_len and top_k are 1 or more, temperature 0 or more")
         if temperature and beam_size > 1:
             raise ValueError("a beam searches and a temperature draws: choose one of them")
+        if top_k is not None and not temperature:
+            raise ValueError("top_k limits what is drawn: it needs a temperature above 0")
         if length_penalty < 0:
             raise ValueError("length_penalty is 0 (plain log-probability) or more")
         choose = partial(draw, temperature, top_k, generator) if temperature else torch.topk
@@ -331,6 +337,8 @@ def beam_search(decoder, features, beam_size, max_len, length_penalty, choose=to
         logits[:, [PAD, START, UNK]] = -torch.inf
         total = scores.unsqueeze(2) + logits.log_softmax(-1).view(-1, k, vocab_size)
         scores, index = choose(total.flatten(1), min(beam_size, k * vocab_size))  # (n, beam_size)
+        if scores.isnan().any():
+            raise ValueError("the model computes NaN: its weights or the features are damaged")
         parent, words = index // vocab_size, index % vocab_size
         told = torch.cat([told.take_along_dim(parent.unsqueeze(2), 1), words.unsqueeze(2)], dim=2)
 
@@ -360,7 +368,7 @@ def beam_search(decoder, features, beam_size, max_len, length_penalty, choose=to
 
 def draw(temperature, top_k, generator, total, _):
     """Draw one word per row of log-probabilities (n, vocab_size); stands in for torch.topk."""
-    logits = total / temperature
+    logits = (total - total.max(1, keepdim=True).values) / temperature
     if top_k is not None and top_k < logits.size(1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -378,18 +386,20 @@ class CaptionModel(nn.Module):
     """
 
     def __init__(self, words, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224, mirror=False, embed_size=512, hidden_size=512, num_layers=1,
-                 dropout=0.0, inject="pre"):  # fmt: skip
+                 image_size=224, mirror=False, blind=False, embed_size=256, hidden_size=512,
+                 num_layers=1, dropout=0.0, inject="pre"):  # fmt: skip
         super().__init__()
         self.config = {
             "words": list(words), "backbone": backbone, "fine_tune": fine_tune,
-            "image_size": image_size, "mirror": mirror, "embed_size": embed_size,
-            "hidden_size": hidden_size, "num_layers": num_layers, "dropout": dropout,
-            "inject": inject,
+            "image_size": image_size, "mirror": mirror, "blind": blind,
+            "embed_size": embed_size, "hidden_size": hidden_size, "num_layers": num_layers,
+            "dropout": dropout, "inject": inject,
         }  # fmt: skip
         self.words = list(words)
         self.transform = eval_transform(image_size)
-        self.encoder = EncoderCNN(embed_size, backbone, weights, fine_tune, image_size, mirror)
+        self.encoder = EncoderCNN(
+            embed_size, backbone, weights, fine_tune, image_size, mirror, blind
+        )
         self.decoder = DecoderRNN(
             embed_size, hidden_size, len(self.words), num_layers, dropout, inject
         )
@@ -421,20 +431,21 @@ class CaptionModel(nn.Module):
         return " ".join(self.words[index] for index in ids)
 
     @torch.no_grad()
-    def caption(self, images, beam_size=3, max_len=20, batch_size=32, **sampling):
-        """Caption a path, a PIL image, or a list of them; returns a list of strings.
+    def caption(self, images, beam_size=None, max_len=20, batch_size=32, **sampling):
+        """Caption a path, a PIL image, or several of them; returns a list of strings.
 
-        `sampling` goes to `DecoderRNN.sample`. Raises BadImageError for what is no image.
+        `sampling` goes to `DecoderRNN.sample`; the beam is 3 wide unless words are drawn by a
+        temperature. Raises BadImageError for what is no image.
         """
-        if isinstance(images, (str, Path, Image.Image)):
-            images = [images]
-        device = self.decoder.linear.weight.device
+        images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+        beam_size = beam_size or (1 if sampling.get("temperature") else 3)
+        weight = self.decoder.linear.weight
         was_training, captions = self.training, []
         self.eval()
         try:
             for start in range(0, len(images), batch_size):
                 batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
-                features = self.encoder(batch.to(device))
+                features = self.encoder(batch.to(weight))  # its device and precision
                 ids = self.decoder.sample(features, beam_size, max_len, **sampling)
                 captions += map(self.text, ids)
         finally:

@@ -27,10 +27,10 @@ class Options:
     fine_tune: bool = option(False, "train the CNN too: slow, nothing can be cached")
     image_size: int = option(224, "side of the square the CNN sees, in pixels")
     mirror: bool = option(False, "see each image mirrored too, and take the mean: better, slower")
-    embed_size: int = option(512, "size of word and image embeddings")
+    embed_size: int = option(256, "size of word and image embeddings")
     hidden_size: int = option(512, "size of the LSTM's state")
     num_layers: int = option(1, "LSTM layers")
-    dropout: float = option(0.4, "on the embedded words and on the LSTM's outputs")
+    dropout: float = option(0.3, "on the embedded words and on the LSTM's outputs")
     inject: str = option("par", "how the image enters the LSTM: pre, par (measured best) or init")
     blind: bool = option(False, "show zeros instead of images: the no-image baseline")
     threshold: int = option(5, "a word must occur this often in training to be in the vocabulary")
@@ -58,6 +58,14 @@ class Options:
                      "batch_size", "accumulate", "threshold"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be 1 or more")
+        for name in ("patience", "save_every", "workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but has to be 0 or more")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but has to be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but has to be 0 or more, and below 1")
 
 
 # Drawn scenes are small and simple; every other dataset takes the defaults above.
@@ -71,7 +79,7 @@ PRESETS = {
 
 
 def options_for(dataset, splits, out, **changes) -> Options:
-    """The options for one of `datasets.NAMES`, given its `find_splits`; `changes` come last."""
+    """The options for one of `splits.NAMES`, given its `find_splits`; `changes` come last."""
     files = [str(path) for split in ("train", "val") for path in splits[split]]
     return Options(*files, out=str(out), **{**PRESETS.get(dataset, {}), **changes})
 

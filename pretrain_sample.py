@@ -14,8 +14,8 @@ scenes exactly right after the rounding to half precision, every pair, no extra,
 """
 
 import argparse
-import os
 from itertools import product
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import mobilenet_v3_small
 
+from checkpoint import save_atomically
 from sample_data import BACKGROUNDS, COLOURS, OBJECTS, Scene, draw, random_scene
 
 PAIRS = list(product(COLOURS, OBJECTS))
@@ -110,8 +111,7 @@ def main():
 
     weights = {f"features.{name}": value for name, value in model.features.state_dict().items()}
     weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    torch.save(weights, f"{args.out}.part")
-    os.replace(f"{args.out}.part", args.out)  # so that no half-written file has the name
+    save_atomically(weights, Path(args.out))
 
     model.load_state_dict(weights, strict=False)  # the stored precision; the head stays as it is
     print(f"{accuracy(model, 2000):.2%} of 2000 unseen scenes exactly right in half precision")

@@ -87,8 +87,15 @@ def known_parameters() -> set[str]:
 
 
 def parameter(text):
+    """The name and the value of NAME=VALUE."""
     name, _, value = text.partition("=")
-    return name.strip(), ast.literal_eval(value.strip())
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise argparse.ArgumentTypeError(
+            f"{text} is not NAME=VALUE with a Python literal as its value; text needs quotes that "
+            """the shell leaves alone, as in -p 'DATASET="coco2017"'"""
+        ) from None
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, pairwise
@@ -64,10 +65,13 @@ class Scene:
     things: tuple[Thing, ...]
 
 
-def random_scene(rng: Random) -> Scene:
-    """One to three things, no two of the same colour and name, whose boxes do not overlap."""
+def random_scene(rng: Random, count: int | None = None) -> Scene:
+    """One to three things, no two of the same colour and name, whose boxes do not overlap.
+
+    `count` asks for a number of them; the dataset leaves it to chance.
+    """
     background, view = rng.choice(list(BACKGROUNDS)), rng.randrange(8)
-    count = rng.choice((1, 2, 2, 3, 3))
+    count = count or rng.choice((1, 2, 2, 3, 3))
     while True:
         things = tuple(random_thing(rng) for _ in range(count))
         distinct = len({(thing.colour, thing.name) for thing in things}) == count
@@ -130,11 +134,14 @@ def noun_phrase(thing: Thing, rng: Random) -> str:
     return " ".join(["an" if words[0] == "orange" else "a", *words])
 
 
-def scene_of(caption: str) -> tuple[str | None, frozenset[tuple[str, str]]]:
-    """The background (None if none, or several) and the (colour, object) pairs in a caption."""
+def scene_of(caption: str) -> tuple[str | None, Counter[tuple[str, str]]]:
+    """The background (None if none, or several) of a caption, and its (colour, object) pairs.
+
+    They are counted: no scene has the same pair twice, so a caption that repeats one is wrong.
+    """
     words = [SYNONYMS.get(word, word) for word in re.findall("[a-z]+", caption.lower())]
     places = set(words) & set(BACKGROUNDS)
-    pairs = frozenset(p for p in pairwise(words) if p[0] in COLOURS and p[1] in OBJECTS)
+    pairs = Counter(p for p in pairwise(words) if p[0] in COLOURS and p[1] in OBJECTS)
     return places.pop() if len(places) == 1 else None, pairs
 
 
@@ -252,7 +259,10 @@ def covers(shape: str, n: list[int], width: int, x: np.ndarray, y: np.ndarray) -
 
 
 def write_sample(root, sizes: dict[str, int] = SPLITS, seed: int = 0) -> dict[str, tuple]:
-    """Writes the splits below `root`, unless they are there: {split: (image folder, captions)}."""
+    """Writes the splits below `root`, unless they are there: {split: (image folder, captions)}.
+
+    Raises FileExistsError if something else is there, or a drawn dataset that is not whole.
+    """
     root = Path(root)
     files = {name: (root / name, root / "annotations" / f"captions_{name}.json") for name in sizes}
     info = {"description": "Drawn scenes with made-up captions: no photographs."}
@@ -265,17 +275,26 @@ def write_sample(root, sizes: dict[str, int] = SPLITS, seed: int = 0) -> dict[st
                 os.replace(Path(folder) / "sample", root)  # appears whole or not at all
             except OSError:
                 if not is_written(files, info):  # by another process, meanwhile
-                    raise FileExistsError(f"{root} holds something else: choose another") from None
+                    raise FileExistsError(
+                        f"{root} holds something else, or a drawn dataset that is not whole or of "
+                        "another version: delete the folder if it is drawn, or choose another"
+                    ) from None
     return files
 
 
 def is_written(files: dict[str, tuple[Path, Path]], info: dict) -> bool:
     return all(
-        captions.exists()
-        and json.loads(captions.read_text())["info"] == info
-        and len(list(images.glob("*.jpg"))) == info["sizes"][split]
+        info_of(captions) == info and len(list(images.glob("*.jpg"))) == info["sizes"][split]
         for split, (images, captions) in files.items()
     )
+
+
+def info_of(captions: Path) -> dict | None:
+    """What a captions file says of itself; None if it is missing or damaged."""
+    try:
+        return json.loads(captions.read_text())["info"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_splits(root: Path, info: dict) -> None:

@@ -90,7 +90,7 @@ class Trainer:
         self.train_data, self.val_data = train_data.without(train_bad), val_data.without(val_bad)
         self.train_loader = self.loader(self.train_data, train_features, "train")
         self.val_loader = self.loader(self.val_data, val_features, "val")
-        self.network = parallel(TeacherForcing(self.model, options.blind))
+        self.network = parallel(TeacherForcing(self.model))
         self.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
@@ -226,7 +226,7 @@ class Trainer:
         nll, tokens = all_sum(self.totals).tolist()
         seconds = time.perf_counter() - self.clock
         share = 1 - self.begun / len(self.train_loader)  # below 1 in an epoch that was resumed
-        val_nll, val_tokens = evaluate(self.model, self.val_loader, self.options.blind)
+        val_nll, val_tokens = evaluate(self.model, self.val_loader)
         return {
             "epoch": len(self.history) + 1,
             "train_loss": nll / tokens, "train_perplexity": perplexity(nll, tokens),
@@ -289,6 +289,11 @@ class Trainer:
                 changed.append("the captions or their images are others")
             if changed:
                 raise ValueError(f"cannot resume {self.out}: {'; '.join(changed)}")
+            if before["epochs"] != self.options.epochs:
+                say(
+                    f"The learning rate now follows {self.options.epochs} epochs, not "
+                    f"{before['epochs']} as before: it differs from a run planned like this."
+                )
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.history, self.step = checkpoint["history"], checkpoint["step"]
@@ -314,9 +319,7 @@ class Trainer:
         barrier()  # best.pt is complete when the first process gets here
         model = CaptionModel.from_checkpoint(self.out / "best.pt", self.device)
         training = [text for texts in self.train_data.captions for text in texts]
-        metrics = {"split": "validation"} | score(
-            model, self.val_loader, training, beam_size, self.options.blind
-        )
+        metrics = {"split": "validation"} | score(model, self.val_loader, training, beam_size)
         if self.rank == 0:
             write_atomically(json.dumps(metrics, indent=2), self.out / "metrics.json")
         return metrics
@@ -334,8 +337,8 @@ def learning_rate(options, epoch: float) -> float:
 
 
 def build_model(options, vocab) -> CaptionModel:
-    names = ("backbone", "weights", "fine_tune", "image_size", "mirror", "embed_size",
-             "hidden_size", "num_layers", "dropout", "inject")  # fmt: skip
+    names = ("backbone", "weights", "fine_tune", "image_size", "mirror", "blind",
+             "embed_size", "hidden_size", "num_layers", "dropout", "inject")  # fmt: skip
     return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
 
 

@@ -10,6 +10,7 @@ vocab = Vocabulary.from_counts(packed.counts(), threshold=5)
 ids, lengths = vocab.encode_all(packed)
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,21 +75,23 @@ def pack(captions: list[str], cache_dir=None) -> Packed:
         packed = _pack(captions)
     words = np.frombuffer("\n".join(packed.words).encode(), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, lambda file: np.savez(
-        file, words=words, ids=packed.ids, lengths=packed.lengths))  # fmt: skip
+    with whole_file(path) as file:
+        np.savez(file, words=words, ids=packed.ids, lengths=packed.lengths)
     return packed
 
 
-def _write(path, write):
-    """Let `write` fill a file that appears whole or not at all."""
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A file to write into, which appears as `path` whole or not at all. Raises OSError."""
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # several processes may be at it
     try:
         with open(part, "wb") as file:
-            write(file)
+            yield file
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path} ({error.strerror}): is the disk full?") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _pack(captions) -> Packed:
@@ -181,7 +184,8 @@ class Vocabulary:
         """Write the vocabulary as JSON; the file appears whole or not at all."""
         content = {"threshold": self.threshold, "words": self.words}
         text = json.dumps(content, ensure_ascii=False, indent=0)
-        _write(Path(path), lambda file: file.write(text.encode()))
+        with whole_file(Path(path)) as file:
+            file.write(text.encode())
 
     @classmethod
     def load(cls, path) -> "Vocabulary":

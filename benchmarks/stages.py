@@ -12,7 +12,7 @@ import io
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from made_data import end_at_length, write_captions, write_features
 from data_loader import CaptionData, get_loader
 from distributed import pick_device
 from engine import caption_split
-from features import encode_images, fast_precision, suitable_batch
+from features import encode_images, fast_precision, suitable_batch, without_batch_norm
 from model import EncoderCNN, eval_transform
 from options import Options
 from train import Trainer, build_model
@@ -135,7 +135,7 @@ def in_batches(encode, images, count):
 
 def ours_forward(setting):
     """What features.encode_rows does with a batch."""
-    cnn, device = encoder(setting), setting.device
+    cnn, device = without_batch_norm(encoder(setting)), setting.device
     images = torch.rand(suitable_batch(device), 3, 224, 224)
 
     @torch.inference_mode()
@@ -202,7 +202,7 @@ class ReadyTrainer(Trainer):
 
 
 def new_trainer(setting):
-    """A run with the default options; the image enters as in the classic loop."""
+    """A run with the default options."""
     validation = Path(setting.folder) / "validation.json"
     if not validation.exists():
         write_captions(validation, images=100)
@@ -210,7 +210,6 @@ def new_trainer(setting):
         setting.images, setting.captions, setting.images, str(validation),
         out=str(Path(setting.folder) / "run"), cache=setting.folder,
         backbone=setting.backbone, weights=setting.weights, batch_size=setting.batch_size,
-        inject="pre", num_layers=1,
     ))  # fmt: skip
 
 
@@ -248,9 +247,13 @@ def classic_training(setting):
 
 @cache
 def speaker(setting):
-    """An untrained model whose captions end after about eleven words all the same."""
+    """An untrained model whose captions end after about eleven words all the same.
+
+    The image enters it as in the classic loop, whose decoder takes the same weights.
+    """
     torch.manual_seed(0)
-    model = build_model(trainer(setting).options, trainer(setting).vocab).to(setting.device)
+    options = replace(trainer(setting).options, inject="pre")
+    model = build_model(options, trainer(setting).vocab).to(setting.device)
     end_at_length(model.decoder)
     return model.eval()
 

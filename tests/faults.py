@@ -28,10 +28,10 @@ import torch
 from conftest import command_line, tiny_options, write_dataset
 from test_train import assert_same_end
 
-from datasets import find_splits
 from features import is_begun, is_intact
 from model import load_safely
 from options import options_for
+from splits import find_splits
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -187,6 +187,21 @@ def test_sampling_frequencies(temperature, top_k):
     assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 20
 
 
+def test_lowest_temperature_is_greedy():
+    """However close the temperature is to 0, nothing overflows: the likeliest words are drawn."""
+    decoder, features = random_decoder(27)
+    assert decoder.sample(features, temperature=1e-40) == decoder.sample(features)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_nan_is_no_caption(beam_size):
+    """Features or weights that are not numbers are an error, not a caption without words."""
+    decoder, features = random_decoder(28)
+    features[1] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        decoder.sample(features, beam_size=beam_size)
+
+
 def test_sampling_goes_on_from_what_was_drawn():
     """Each later word is drawn given the words before it: pairs come as often as they should."""
     decoder, features = undecided_decoder()

@@ -1,17 +1,21 @@
 """The cache of what a frozen CNN sees."""
 
 import os
+import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import seeing_weights
 from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 import features
-from features import encode_images, find_bad_images
-from model import BadImageError, EncoderCNN, eval_transform
+from features import encode_images, fast_precision, find_bad_images
+from model import BadImageError, EncoderCNN, eval_transform, load_image
 
 transform = eval_transform(64)
 
@@ -58,6 +62,96 @@ def test_cached_features(encoder, paths, tmp_path):
     found = encode_images(encoder, paths, transform, tmp_path, batch_size=5)
     assert found.rows.dtype == np.float16 and found.bad == {}
     np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "densenet121"])
+def test_folded_batch_norm(backbone):
+    """A copy without BatchNorms sees the same, and the encoder itself keeps its own."""
+    torch.manual_seed(0)
+    encoder = EncoderCNN(16, backbone, weights=None, mirror=True).eval()
+    norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:  # as after training: far from doing nothing
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 2)
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+        torch.nn.init.normal_(norm.bias)
+    images = torch.rand(2, 3, 64, 64)
+    folded = features.without_batch_norm(encoder)
+    left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert left < len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules())
+    with torch.no_grad():
+        expected = encoder.pool(images)
+        error = (folded.pool(images) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5
+
+
+def test_workers_can_be_sent_their_work(encoder, paths, tmp_path, monkeypatch):
+    """Where a worker begins as a new program, as on macOS and Windows, its work is pickled."""
+
+    def loader(dataset, batch_size, num_workers, collate_fn):
+        assert num_workers == 2
+        return DataLoader(*pickle.loads(pickle.dumps((dataset, batch_size))),
+                          collate_fn=pickle.loads(pickle.dumps(collate_fn)))  # fmt: skip
+
+    monkeypatch.setattr(features, "DataLoader", loader)
+    found = encode_images(encoder, paths, transform, tmp_path, workers=2)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+
+def test_rows_are_written_alone(tmp_path):
+    """Writing some rows leaves the bytes of all others as they are."""
+    rows = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float16)
+    np.save(tmp_path / "rows.npy", rows)
+    features.write_rows(tmp_path / "rows.npy", [7, 2], 2 * rows[[7, 2]])
+    rows[[7, 2]] *= 2
+    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
+
+
+def test_features_that_never_arrived(encoder, paths, tmp_path, monkeypatch):
+    """If another process's features are not in the file, that is an error and not a row of zeros.
+
+    The file is not declared complete either: the next start encodes what is missing.
+    """
+    encode_rows = features.encode_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "encode_rows", lambda e, p, t, todo, *rest: encode_rows(
+            e, p, t, todo[:-3], *rest))  # fmt: skip
+        with pytest.raises(OSError, match="3 features are missing"):
+            encode_images(encoder, paths, transform, tmp_path)
+    found = encode_images(encoder, paths, transform, tmp_path)
+    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+
+def grey(image, min_size):
+    return load_image(image, min_size).convert("L").convert("RGB")
+
+
+class Squared(EncoderCNN):
+    def pool(self, images):
+        return super().pool(images) ** 2
+
+
+def test_own_transform_or_encoder(encoder, paths, tmp_path):
+    """A transform or encoder of one's own never gets another's features, alike as they look."""
+    own = v2.Compose([v2.Lambda(partial(grey, min_size=64)), *transform.transforms[1:]])
+    assert repr(own) == repr(transform)
+    torch.manual_seed(0)
+    squared = Squared(16, "mobilenet_v3_small", weights=seeing_weights())
+    usual = encode_images(encoder, paths, transform, tmp_path).rows
+    for found in (
+        encode_images(encoder, paths, own, tmp_path).rows,
+        encode_images(squared, paths, transform, tmp_path).rows,
+    ):
+        assert not np.allclose(found, usual, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_bfloat16_where_it_is_fast(monkeypatch, has):
+    """A CPU that multiplies bfloat16 gets autocast, another does not."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has})
+    with fast_precision(torch.device("cpu")):
+        product = torch.rand(4, 4) @ torch.rand(4, 4)
+    assert product.dtype == (torch.bfloat16 if has else torch.float32)
 
 
 def test_encoder_keeps_its_mode(paths, tmp_path):

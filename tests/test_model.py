@@ -230,6 +230,26 @@ def test_fine_tuning_trains_the_backbone():
         assert not torch.equal(before[name], after[name])
 
 
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_new_encoder_is_in_train_mode(fine_tune):
+    """Like any module, an encoder begins in train mode, and its CNN with it if that is trained."""
+    encoder = EncoderCNN(16, SMALL, weights=None, fine_tune=fine_tune)
+    assert encoder.training and encoder.backbone.training == fine_tune
+
+
+def test_blind_model(photos):
+    """A blind model, also out of its checkpoint, says the same of images however different."""
+    torch.manual_seed(3)
+    model = tiny_model(blind=True, inject="par")
+    for weight in model.decoder.parameters():
+        torch.nn.init.normal_(weight)
+    again = CaptionModel(weights=None, **model.config)
+    again.load_state_dict(model.state_dict())
+    assert len(set(again.caption(photos))) == 1
+    again.encoder.blind = False
+    assert len(set(again.caption(photos))) > 1
+
+
 def test_linear_layer_trains():
     """The linear layer on the features of a frozen CNN is trained with the decoder."""
     model = tiny_model()
@@ -420,6 +440,27 @@ def test_batches_of_images(model, photos):
     """The number of images captioned at a time changes no caption; no image, no caption."""
     assert model.caption(photos, batch_size=1) == model.caption(photos, batch_size=2)
     assert model.caption([]) == []
+
+
+def test_caption_takes_any_series(model, photos):
+    """Images may come from a generator as well as in a list."""
+    assert model.caption(path for path in photos) == model.caption(photos)
+
+
+def test_caption_draws(model, photos):
+    """With a temperature nothing else has to be said: words are drawn, not searched by a beam."""
+    one, other = (
+        model.caption(photos, temperature=2.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    assert one != other
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64])
+def test_caption_in_another_precision(photos, precision):
+    """A model converted to another precision captions images from files, too."""
+    captions = tiny_model().to(precision).caption(photos)
+    assert len(captions) == len(photos)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from run_notebooks import NOTEBOOKS, override
+from run_notebooks import NOTEBOOKS, main, override, parameter
 from sample_data import write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +60,29 @@ def test_a_failing_cell_is_named(tmp_path):
     result = run(tmp_path, {"backbone": "resnet51"})
     assert result.returncode == 1
     assert "1_Preliminaries.ipynb, cell" in result.stderr and "'resnet51'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["DATASET=coco2017", "DATASET=coco 2017", "DATA_DIR=data/coco", "EPOCHS=1 2", "FIRST"]
+)
+def test_a_parameter_without_quotes_is_explained(text, monkeypatch, capsys):
+    """What is no Python literal ends in one sentence that shows the quotes, not in a traceback."""
+    monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "-p", text])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and text in said and "'DATASET=\"coco2017\"'" in said
+
+
+def test_parameters_are_read_as_python():
+    """Text, numbers, dictionaries and None are what they are in Python, with or without spaces."""
+    for text, value in [
+        ('A="b=c"', "b=c"),
+        ("A = 1", 1),
+        ("A={'b': 2}", {"b": 2}),
+        ("A=None", None),
+    ]:
+        assert parameter(text) == ("A", value)
 
 
 def test_parameters_are_replaced_and_comments_of_others_stay():

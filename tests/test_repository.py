@@ -4,10 +4,13 @@ import ast
 import json
 import re
 import sys
+from dataclasses import fields
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from options import Options
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -17,9 +20,9 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 MAY_IMPORT = {
     "data_loader": {"vocabulary"},
     "engine": {"data_loader", "distributed", "metrics", "vocabulary"},
-    "features": {"checkpoint", "distributed", "model"},
-    "datasets": {"data_loader", "download", "sample_data"},
-    "pretrain_sample": {"sample_data"},
+    "features": {"checkpoint", "data_loader", "distributed", "model"},
+    "splits": {"data_loader", "download", "sample_data"},
+    "pretrain_sample": {"checkpoint", "sample_data"},
     "train": {
         "checkpoint", "data_loader", "distributed", "engine", "features", "metrics", "model",
         "options", "vocabulary",
@@ -113,6 +116,35 @@ def test_tests_say_what_holds(test):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             sentence = ast.get_docstring(node) or ""
             assert sentence.split("\n\n")[0].endswith("."), node.name
+
+
+# ---------------------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_names_every_module():
+    """The README's table of files has every module and notebook, and nothing that is not there."""
+    table = README.split("## The files")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+\.\w+)`", table))
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+    assert {f"{name}.py" for name in MODULES} <= named
+
+
+def test_readme_options():
+    """Every option in the README's train.py commands, and in its prose, exists."""
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(Options)} | {"--help"}
+    commands = re.findall(r"train\.py((?:[^\n`]*\\\n)*[^\n`]*)", README)
+    assert len(commands) > 5
+    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(commands))) <= known
+    prose = set(re.findall(r"`(--[a-z][a-z-]+)[^`]*`", README))
+    assert prose - known <= {"--coco", "--max-restarts"}  # of the benchmark, of torchrun
+
+
+def test_readme_links():
+    """Every file that the README links to is there."""
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
 # ---------------------------------------------------------------------------- notebooks

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -57,7 +58,7 @@ def pixels_of(scene, thing):
 def test_captions_are_read_back_exactly(scenes, captions):
     """`scene_of` inverts every caption: it finds the background and each pair, and nothing else."""
     for scene, five in zip(scenes, captions, strict=True):
-        truth = scene.background, frozenset((thing.colour, thing.name) for thing in scene.things)
+        truth = scene.background, Counter((thing.colour, thing.name) for thing in scene.things)
         assert len(set(five)) == 5
         assert all(scene_of(caption) == truth for caption in five), five
 
@@ -76,7 +77,23 @@ def test_captions_are_read_back_exactly(scenes, captions):
 )
 def test_imperfect_captions_are_read_for_what_they_say(caption, background, pairs):
     """Whatever a model writes has a reading: unknown words say nothing, contradictions neither."""
-    assert scene_of(caption) == (background, frozenset(pairs))
+    assert scene_of(caption) == (background, Counter(pairs))
+
+
+def test_a_scene_can_have_as_many_things_as_asked_for():
+    """Four things, which the dataset never has, are as distinct and apart as one to three are."""
+    for number in range(20):
+        things = random_scene(Random(number), 4).things
+        assert len({(thing.colour, thing.name) for thing in things}) == 4
+        assert all(sample_data.relations(a, b) for a, b in combinations(things, 2))
+
+
+def test_an_object_named_twice_counts_twice():
+    """A caption that repeats an object does not say the same as one that names it once."""
+    once = scene_of("a red cat and a blue cat on the beach")
+    twice = scene_of("a red cat, a blue cat and a red kitten on the beach")
+    assert twice == ("beach", {("red", "cat"): 2, ("blue", "cat"): 1})
+    assert twice != once and twice[1].keys() == once[1].keys()
 
 
 def test_stated_relations_hold_in_the_pixels(scenes, captions):
@@ -195,6 +212,41 @@ def test_other_files_are_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="something else"):
         write_sample(tmp_path, SIZES)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def cut_short(root):
+    path = root / "annotations" / "captions_val.json"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def lose_a_picture(root):
+    next((root / "train").iterdir()).unlink()
+
+
+def lose_a_captions_file(root):
+    (root / "annotations" / "captions_train.json").unlink()
+
+
+def of_an_older_version(root):
+    path = root / "annotations" / "captions_test.json"
+    path.write_text(path.read_text().replace('"version": "1"', '"version": "0"'))
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_short, lose_a_picture, lose_a_captions_file, of_an_older_version]
+)
+def test_a_damaged_sample_says_what_to_do(sample, tmp_path, damage):
+    """A drawn dataset that is not whole is named as such, left as it is, and can be deleted."""
+    root = tmp_path / "sample"
+    shutil.copytree(sample[0], root)
+    damage(root)
+    left = digest(root)
+    with pytest.raises(FileExistsError, match="sample holds .* not whole .* delete the folder"):
+        write_sample(root, SIZES)
+    assert digest(root) == left and list(tmp_path.iterdir()) == [root]
+    shutil.rmtree(root)
+    write_sample(root, SIZES)
+    assert digest(root) == DIGEST
 
 
 def test_the_stored_encoder_is_a_standard_one():

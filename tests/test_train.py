@@ -278,6 +278,14 @@ def test_resume_before_there_is_anything(finished, tmp_path, capsys):
     assert len(history_of(tmp_path / "out")) == 3
 
 
+def test_resume_with_more_epochs_says_so(finished, tmp_path, capsys):
+    """More epochs than planned are allowed; that the learning rate is another then is said."""
+    options = replace(finished.options, out=str(tmp_path / "out"), resume=True)
+    for epochs, told in ((1, False), (1, False), (2, True)):
+        assert main(command_line(replace(options, epochs=epochs))) == 0
+        assert ("learning rate now follows 2 epochs, not 1" in capsys.readouterr().out) == told
+
+
 def test_an_earlier_run_is_not_lost(finished, capsys):
     """A folder with an earlier run is refused, unless told to resume or to overwrite."""
     before = {path.name: path.read_bytes() for path in finished.out.iterdir()}
@@ -403,8 +411,8 @@ def blind(shared_dataset, tmp_path_factory):
 def test_blind_loss_ignores_the_image(blind):
     """The loss of a blind model is the same whatever the images are."""
     images, captions, _ = next(iter(blind.val_loader))
-    one, _ = caption_nll(blind.model.eval(), images, captions, blind=True)
-    other, _ = caption_nll(blind.model, torch.randn_like(images), captions, blind=True)
+    one, _ = caption_nll(blind.model.eval(), images, captions)
+    other, _ = caption_nll(blind.model, torch.randn_like(images), captions)
     assert one.item() == other.item()
 
 
@@ -445,8 +453,10 @@ def test_command_line_has_every_option(field):
     value = getattr(options, field.name)
     if isinstance(value, bool):
         other = not value
+    elif isinstance(value, str):
+        other = value + "x"
     else:
-        other = value + "x" if isinstance(value, str) else value + 1
+        other = value + (0.5 if isinstance(value, float) else 1)
     changed = replace(options, **{field.name: other})
     assert parse(command_line(changed)) == changed != options
 

@@ -26,12 +26,13 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     seeded draw, half of them to "val" and half to "test"; or, given `karpathy` (the path of his
     dataset_coco.json), his split is used. Where only training captions are there, a tenth of their
     images becomes "val" and another tenth "test".
-    Such splits are written into `work_dir` (default: `data_dir`) as captions files of their own,
+    Such splits are written below `work_dir` (default: `data_dir`) as captions files of their own,
     the same every time.
 
     download: fetch COCO if it is missing; first: only so many images of each split, as they were
     downloaded.
-    Raises DataError naming what is missing and what to do, ValueError for an unknown name.
+    Raises DataError naming what is missing and what to do, ValueError for an unknown name, or for
+    `karpathy` with anything but the whole of coco2014.
     """
     if name not in NAMES:
         raise ValueError(f"unknown dataset {name!r}; there are {', '.join(NAMES)}")
@@ -42,9 +43,10 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     if name == "folder":
         files = random_splits(data_dir / "captions.json", work_dir, THREE)
         return {split: (data_dir / "images", file) for split, file in files.items()}
-    if karpathy and name != "coco2014":
-        raise ValueError(f"Karpathy's split is of coco2014, not of {name}")
+    if karpathy and (name != "coco2014" or first):
+        raise ValueError("Karpathy's split is of the whole of coco2014: no other dataset, no FIRST")
 
+    work_dir /= "karpathy" if karpathy else f"{name}-first{first}" if first else name
     year = int(name.removeprefix("coco"))
     if download:
         found = download_coco(data_dir, year, first=first)
