@@ -148,7 +148,8 @@ def test_own_transform_or_encoder(encoder, paths, tmp_path):
 @pytest.mark.parametrize("has", [False, True])
 def test_bfloat16_where_it_is_fast(monkeypatch, has):
     """A CPU that multiplies bfloat16 gets autocast, another does not."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has})
+    capabilities = {"amx_bf16": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     with fast_precision(torch.device("cpu")):
         product = torch.rand(4, 4) @ torch.rand(4, 4)
     assert product.dtype == (torch.bfloat16 if has else torch.float32)

@@ -456,11 +456,10 @@ def test_caption_draws(model, photos):
     assert one != other
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float64])
-def test_caption_in_another_precision(photos, precision):
+def test_caption_in_another_precision(photos):
     """A model converted to another precision captions images from files, too."""
-    captions = tiny_model().to(precision).caption(photos)
-    assert len(captions) == len(photos)
+    model = tiny_model()
+    assert model.double().caption(photos) == model.float().caption(photos)
 
 
 @pytest.mark.parametrize("training", [True, False])
