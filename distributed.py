@@ -6,6 +6,7 @@ with process_group(device):          # does nothing unless torchrun started this
 """
 
 import contextlib
+import functools
 import os
 from datetime import timedelta
 
@@ -112,3 +113,27 @@ def only_deterministic_operations():
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
     torch.use_deterministic_algorithms(True)
+
+
+def fast_precision(device):
+    """bfloat16 autocast where the hardware multiplies it faster than float32, else no change."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        has = torch.cpu.get_capabilities()
+        fast = (has.get("avx512_bf16") or has.get("amx_bf16")) and lstm_runs_in_bfloat16()
+    else:
+        fast = False
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+
+
+@functools.cache
+def lstm_runs_in_bfloat16() -> bool:
+    """Tried on a tiny one: on some CPUs PyTorch has products in bfloat16, but no LSTM."""
+    inputs = torch.zeros(1, 1, 8, requires_grad=True)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(8, 8)(inputs)[0].sum().backward()
+    except RuntimeError:
+        return False
+    return True

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from data_loader import as_it_is
-from distributed import barrier, rank_and_world, say
+from distributed import barrier, fast_precision, rank_and_world, say
 from model import BadImageError
 
 FORMAT = "2"  # raise it when what the files hold, or how images are opened, changes
@@ -210,6 +210,7 @@ def fingerprint(encoder, paths, transform) -> str:
     digest.update(transform(some_image).numpy().tobytes())
     for name, tensor in encoder.backbone.state_dict().items():
         digest.update(name.encode())
+        tensor = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     for path in paths:
         try:
@@ -272,15 +273,3 @@ def leave_out(splits, bad, skip):
 def suitable_batch(device) -> int:
     """Images per forward pass. A CPU is fastest while what passes between layers fits its cache."""
     return 4 if device.type == "cpu" else 64
-
-
-def fast_precision(device):
-    """bfloat16 autocast where the hardware multiplies it faster than float32, else no change."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        fast = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-    else:
-        fast = False
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))

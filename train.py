@@ -38,6 +38,7 @@ from distributed import (
     all_sum,
     barrier,
     exact,
+    fast_precision,
     gather,
     only_deterministic_operations,
     parallel,
@@ -47,7 +48,7 @@ from distributed import (
     say,
 )
 from engine import TeacherForcing, evaluate, score
-from features import encode_images, fast_precision, find_bad_images, leave_out
+from features import encode_images, find_bad_images, leave_out
 from metrics import perplexity
 from model import CaptionModel, load_safely, train_transform
 from options import Options, parse

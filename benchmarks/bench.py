@@ -43,6 +43,7 @@ from measure import (
 from stages import (
     Setting,
     data,
+    in_int8,
     ours_decoding,
     ours_forward,
     ours_training,
@@ -50,7 +51,7 @@ from stages import (
     trainer,
 )
 
-from features import fast_precision
+from distributed import fast_precision
 
 EPOCHS = 10  # of the whole run that is extrapolated
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
@@ -115,7 +116,7 @@ def all_stages(setting, quick):
     rows += encoding_rows(setting, seconds)
     rows += training_rows(setting, seconds)
     rows += [alternate(setting, stage, seconds) for stage in ("greedy decoding", "beam 3 decoding")]
-    rows.append(whole_run(setting, rows))
+    rows += whole_runs(setting, rows)
     encoding_rate = next(row["ours"] for row in rows if row["stage"] == "encoding")
     sizes = (100, 200) if quick else (1_000, 2_000, 4_000, 6_000)
     costs = scaling(setting, sizes, seconds / 2, encoding_rate)
@@ -136,7 +137,11 @@ def encoding_rows(setting, seconds):
     whole = alternate(setting, "encoding", seconds, limit=forward_alone)
     whole["of_limit"] = share_of_limit(whole)
     whole["note"] = "limit: the encoder's forward pass alone, by turns"
-    return [forward, whole]
+    rows = [forward, whole]
+    if setting.device.type == "cpu" and in_int8(setting.backbone):
+        rows.append(alternate(setting, "encoding, int8", seconds))
+        rows[-1]["note"] = f"--backbone {in_int8(setting.backbone)}"
+    return rows
 
 
 def training_rows(setting, seconds):
@@ -162,7 +167,7 @@ def default_precision(device):
 # ---------------------------------------------------------------------------- the whole
 
 
-def whole_run(setting, rows):
+def whole_runs(setting, rows):
     """Minutes of a whole run, put together from the measured rates; validation is left out."""
     images, captions = len(data(setting)), sum(map(len, data(setting).captions))
     rate = {row["stage"]: row for row in rows}
@@ -171,11 +176,18 @@ def whole_run(setting, rows):
         seconds = captions / rate["vocabulary, first start"][side] + sum(encoding)
         return (seconds + EPOCHS * captions / rate["training step"][side]) / 60
 
-    ours = minutes("ours", images / rate["encoding"]["ours"])
     other = minutes("classic")
-    return {"stage": f"whole run, {EPOCHS} epochs", "unit": "minutes", "ours": ours,
-            "classic": other, "ratio": other / ours, "of_limit": None,
-            "note": f"extrapolated: {images:,} images, {captions:,} captions"}  # fmt: skip
+    runs = []
+    for encoding in ("encoding", "encoding, int8"):
+        if encoding not in rate:
+            continue
+        ours = minutes("ours", images / rate[encoding]["ours"])
+        runs.append({
+            "stage": f"whole run, {EPOCHS} epochs{encoding.removeprefix('encoding')}",
+            "unit": "minutes", "ours": ours, "classic": other, "ratio": other / ours,
+            "of_limit": None, "note": f"extrapolated: {images:,} images, {captions:,} captions",
+        })  # fmt: skip
+    return runs
 
 
 def scaling(setting, sizes, seconds, encoding_rate):

@@ -22,11 +22,12 @@ import classic
 import numpy as np
 import torch
 from made_data import end_at_length, write_captions, write_features
+from torchvision.models import list_models, quantization
 
 from data_loader import CaptionData, get_loader
-from distributed import pick_device
+from distributed import fast_precision, pick_device
 from engine import caption_split
-from features import encode_images, fast_precision, suitable_batch, without_batch_norm
+from features import encode_images, suitable_batch, without_batch_norm
 from model import EncoderCNN, eval_transform
 from options import Options
 from train import Trainer, build_model
@@ -148,11 +149,13 @@ def ours_forward(setting):
 
 
 def classic_forward(setting):
-    images = torch.rand(setting.batch_size, 3, 224, 224)
+    images = torch.rand(setting.batch_size // 2, 3, 224, 224)
     return Work(partial(in_batches, classic_loop(setting).encode, images), len(images), 16_384)
 
 
 def ours_encoding(setting):
+    """From files on the disk to features on the disk."""
+
     def run(count):
         with quiet(), TemporaryDirectory(dir=setting.folder) as empty:
             paths = some_paths(setting, count)
@@ -160,6 +163,16 @@ def ours_encoding(setting):
         return count
 
     return Work(run, setting.batch_size, 4096)
+
+
+def ours_encoding_int8(setting):
+    return ours_encoding(replace(setting, backbone=in_int8(setting.backbone), weights=None))
+
+
+def in_int8(backbone):
+    """torchvision's name of the same network in int8, or None if there is none of it."""
+    name = f"quantized_{backbone}"
+    return name if name in list_models(module=quantization) else None
 
 
 def classic_encoding(setting):
@@ -305,6 +318,7 @@ STAGES = {  # name: (ours, classic, items)
     ),
     "encoder forward": (ours_forward, classic_forward, "images"),
     "encoding": (ours_encoding, classic_encoding, "images"),
+    "encoding, int8": (ours_encoding_int8, classic_encoding, "images"),
     "training step": (ours_training, classic_training, "captions"),
     "training step, float32": (ours_training_float32, classic_training, "captions"),
     "greedy decoding": (partial(ours_decoding, 1), partial(classic_decoding, 1), "images"),

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import command_line, tiny_options
 
+import distributed
 import engine
 import train
 from checkpoint import only_run_in, save_atomically
 from data_loader import CaptionData, get_loader
 from engine import caption_nll, caption_split, evaluate
-from model import CaptionModel, load_safely
+from model import CaptionModel, DecoderRNN, load_safely
 from train import Options, Trainer, learning_rate, main, parse
 from vocabulary import Vocabulary
 
@@ -381,6 +382,32 @@ def test_learning_rate():
     assert [learning_rate(options, epoch) for epoch in (0, 1, 2, 11, 20)] == pytest.approx(
         [0, 0.5, 1, 0.5, 0]
     )
+
+
+@pytest.mark.parametrize("has", [False, True])
+@pytest.mark.parametrize("lstm", [False, True])
+def test_bfloat16_where_it_is_fast(monkeypatch, has, lstm):
+    """A CPU that multiplies bfloat16, and runs an LSTM in it, gets autocast; another does not."""
+    capabilities = {"amx_bf16": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(distributed, "lstm_runs_in_bfloat16", lambda: lstm)
+    with distributed.fast_precision(torch.device("cpu")):
+        product = torch.rand(4, 4) @ torch.rand(4, 4)
+    assert product.dtype == (torch.bfloat16 if has and lstm else torch.float32)
+
+
+def test_a_processor_that_promises_bfloat16(monkeypatch):
+    """Whatever a CPU says of itself, a step of training runs, and trying it draws no number."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    distributed.lstm_runs_in_bfloat16.cache_clear()
+    decoder, state = DecoderRNN(8, 8, vocab_size=9), torch.get_rng_state()
+    with distributed.fast_precision(torch.device("cpu")):
+        decoder(torch.rand(2, 8), torch.tensor([[1, 4, 2], [1, 5, 2]])).sum().backward()
+    assert torch.isfinite(decoder.lstm.weight_hh_l0.grad).all()
+    torch.set_rng_state(state)
+    distributed.lstm_runs_in_bfloat16.cache_clear()
+    distributed.lstm_runs_in_bfloat16()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_a_step_does(dataset):
