@@ -22,7 +22,7 @@ class Options:
     val_captions: str = option(MISSING, "their captions")
     out: str = option(MISSING, "folder for checkpoints, history and metrics")
     # the model
-    backbone: str = option("resnet50", "any torchvision classification network")
+    backbone: str = option("resnet50", "any torchvision classifier; the quantized_ ones use int8")
     weights: str | None = option("DEFAULT", "torchvision's name, a state dict's path, or none")
     fine_tune: bool = option(False, "train the CNN too: slow, nothing can be cached")
     image_size: int = option(224, "side of the square the CNN sees, in pixels")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import features
-from features import encode_images, fast_precision, find_bad_images
+from features import encode_images, find_bad_images
 from model import BadImageError, EncoderCNN, eval_transform, load_image
 
 transform = eval_transform(64)
@@ -85,6 +85,18 @@ def test_folded_batch_norm(backbone):
     assert error < 1e-5
 
 
+def test_features_of_a_quantized_backbone(paths, tmp_path):
+    """The features of a CNN in int8 are kept like all others, and told from those of another."""
+    files = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        encoder = EncoderCNN(16, "quantized_shufflenet_v2_x0_5", weights=None)
+        rows = encode_images(encoder, paths, transform, tmp_path).rows
+        np.testing.assert_allclose(rows, directly(encoder, paths), rtol=1e-3, atol=1e-4)
+        files = files | set(tmp_path.glob("*.json"))
+    assert len(files) == 2
+
+
 def test_workers_can_be_sent_their_work(encoder, paths, tmp_path, monkeypatch):
     """Where a worker begins as a new program, as on macOS and Windows, its work is pickled."""
 
@@ -143,16 +155,6 @@ def test_own_transform_or_encoder(encoder, paths, tmp_path):
         encode_images(squared, paths, transform, tmp_path).rows,
     ):
         assert not np.allclose(found, usual, rtol=2e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("has", [False, True])
-def test_bfloat16_where_it_is_fast(monkeypatch, has):
-    """A CPU that multiplies bfloat16 gets autocast, another does not."""
-    capabilities = {"amx_bf16": has}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    with fast_precision(torch.device("cpu")):
-        product = torch.rand(4, 4) @ torch.rand(4, 4)
-    assert product.dtype == (torch.bfloat16 if has else torch.float32)
 
 
 def test_encoder_keeps_its_mode(paths, tmp_path):

@@ -133,6 +133,20 @@ def test_image_reaches_every_word(inject):
         assert gradient.abs().min() > 0
 
 
+def test_dropout():
+    """In training a caption loses the same elements at every step, each caption others, and what
+    is left is scaled so that the mean stays; otherwise nothing is lost.
+    """
+    torch.manual_seed(0)
+    decoder, ones = DecoderRNN(5, 6, vocab_size=9, dropout=0.25), torch.ones(64, 7, 50)
+    dropped = decoder.train().drop(ones)
+    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
+    assert (dropped[0] != dropped[1]).any()
+    torch.testing.assert_close(dropped.unique(), torch.tensor([0, 4 / 3]))
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(decoder.eval().drop(ones), ones)
+
+
 def test_unknown_inject():
     """An unknown way to inject the image is an error that names the choices."""
     with pytest.raises(ValueError, match="'post'.*pre.*par.*init"):
@@ -180,6 +194,48 @@ def test_features_or_images(model):
     """The encoder gives the same for images and for their pooled features."""
     images = torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(model.encoder(images), model.encoder(model.encoder.pool(images)))
+
+
+def test_quantized_backbone():
+    """A CNN in int8 sees nearly what the same CNN sees in float32."""
+    images = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), size=96)
+    torch.manual_seed(0)
+    encoder = EncoderCNN(16, "quantized_resnet18", weights=None).eval()
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None).eval()  # the same random weights
+    network.fc = torch.nn.Identity()
+    with torch.no_grad():
+        int8, float32 = encoder.pool(images), network(images)
+    assert 0 < (int8 - float32).norm() < 0.1 * float32.norm()
+
+
+def test_quantized_backbone_in_a_checkpoint(tmp_path, photos):
+    """A checkpoint keeps the weights of a CNN in int8: what is loaded says and sees the same."""
+    torch.manual_seed(0)
+    model = tiny_model(backbone="quantized_shufflenet_v2_x0_5", weights=None).eval()
+    torch.save({"config": model.config, "model": model.state_dict()}, tmp_path / "best.pt")
+    torch.manual_seed(1)  # for the weights that those of the file replace
+    loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt")
+    images = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.encoder.pool(images), model.encoder.pool(images))
+    assert loaded.caption(photos) == model.caption(photos)
+
+
+def test_float32_weights_for_a_quantized_backbone(tmp_path):
+    """The weights of a CNN in float32 are not those of its quantized form: an error names both."""
+    network = torchvision.models.resnet18(weights=None)
+    torch.save(network.state_dict(), tmp_path / "float32.pth")
+    with pytest.raises(ValueError, match="float32.pth does not hold weights of quantized_resnet18"):
+        EncoderCNN(16, "quantized_resnet18", weights=tmp_path / "float32.pth")
+
+
+def test_quantized_backbone_elsewhere():
+    """int8 can neither be trained nor run on a GPU, and says so."""
+    with pytest.raises(ValueError, match="quantized_resnet18 .* cannot be fine-tuned"):
+        EncoderCNN(16, "quantized_resnet18", weights=None, fine_tune=True)
+    encoder = EncoderCNN(16, "quantized_resnet18", weights=None)
+    with pytest.raises(ValueError, match="CPU only"):
+        encoder.pool(torch.rand(1, 3, 64, 64, device="meta"))
 
 
 def train_a_little(model):
