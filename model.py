@@ -254,7 +254,7 @@ class DecoderRNN(nn.Module):
         input_size = 2 * embed_size if inject == "par" else embed_size
         between = dropout if num_layers > 1 else 0.0
         self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
-        self.dropout = nn.Dropout1d(dropout)  # see `drop`
+        self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         for name, bias in self.lstm.named_parameters():
             if name.startswith("bias_ih"):  # remember, until told otherwise: what was seen lasts
@@ -272,7 +272,7 @@ class DecoderRNN(nn.Module):
         The last layer is the dearest; a loss can apply it to the real positions alone.
         """
         hidden, _ = self.step(captions[:, :-1], self.start_state(features), features)
-        return self.drop(hidden)
+        return self.dropout(hidden)
 
     def start_state(self, features):
         """(B, embed_size) -> (h, c), each (num_layers, B, hidden_size), before `<start>` is read.
@@ -291,18 +291,11 @@ class DecoderRNN(nn.Module):
 
     def step(self, words, state, features):
         """Read words (B, T) from `state`; return the outputs (B, T, hidden_size) and new state."""
-        inputs = self.drop(self.embedding(words))  # (B, T, embed_size)
+        inputs = self.dropout(self.embedding(words))  # (B, T, embed_size)
         if self.inject == "par":
             seen = features.unsqueeze(1).expand_as(inputs)
             inputs = torch.cat([inputs, seen], dim=-1)  # (B, T, 2 * embed_size)
         return self.lstm(inputs, state)
-
-    def drop(self, x):
-        """Dropout of the same elements at every step of a caption (Gal & Ghahramani, 2016).
-
-        (B, T, size) -> (B, T, size). One mask per caption is a tenth of the random numbers, too.
-        """
-        return self.dropout(x.transpose(1, 2)).transpose(1, 2)
 
     @torch.no_grad()
     def sample(self, features, beam_size=1, max_len=20, temperature=0.0, top_k=None,

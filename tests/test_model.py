@@ -133,20 +133,6 @@ def test_image_reaches_every_word(inject):
         assert gradient.abs().min() > 0
 
 
-def test_dropout():
-    """In training a caption loses the same elements at every step, each caption others, and what
-    is left is scaled so that the mean stays; otherwise nothing is lost.
-    """
-    torch.manual_seed(0)
-    decoder, ones = DecoderRNN(5, 6, vocab_size=9, dropout=0.25), torch.ones(64, 7, 50)
-    dropped = decoder.train().drop(ones)
-    assert torch.equal(dropped, dropped[:, :1].expand_as(dropped))
-    assert (dropped[0] != dropped[1]).any()
-    torch.testing.assert_close(dropped.unique(), torch.tensor([0, 4 / 3]))
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(decoder.eval().drop(ones), ones)
-
-
 def test_unknown_inject():
     """An unknown way to inject the image is an error that names the choices."""
     with pytest.raises(ValueError, match="'post'.*pre.*par.*init"):
