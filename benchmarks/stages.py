@@ -27,7 +27,7 @@ from torchvision.models import list_models, quantization
 from data_loader import CaptionData, get_loader
 from distributed import fast_precision, pick_device
 from engine import caption_split
-from features import encode_images, suitable_batch, without_batch_norm
+from features import encode_images, keep_freed_memory, suitable_batch, without_batch_norm
 from model import EncoderCNN, eval_transform
 from options import Options
 from train import Trainer, build_model
@@ -135,11 +135,12 @@ def in_batches(encode, images, count):
 
 
 def ours_forward(setting):
-    """What features.encode_rows does with a batch."""
+    """What features.encode_images does with a batch."""
     cnn, device = without_batch_norm(encoder(setting)), setting.device
     images = torch.rand(suitable_batch(device), 3, 224, 224)
 
     @torch.inference_mode()
+    @keep_freed_memory()
     def encode(images):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         with fast_precision(device):
