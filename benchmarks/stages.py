@@ -140,13 +140,13 @@ def ours_forward(setting):
     images = torch.rand(suitable_batch(device), 3, 224, 224)
 
     @torch.inference_mode()
-    @keep_freed_memory()
     def encode(images):
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         with fast_precision(device):
             return cnn.pool(images).half().cpu().numpy()
 
-    return Work(partial(in_batches, encode, images), len(images), 16_384)
+    run = keep_freed_memory()(partial(in_batches, encode, images))
+    return Work(run, len(images), 16_384)
 
 
 def classic_forward(setting):
