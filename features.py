@@ -132,8 +132,10 @@ def without_batch_norm(encoder):
     """A copy in eval mode that computes the same a little faster.
 
     A frozen BatchNorm is a multiplication and an addition, which are folded into the weights of
-    the convolution before it.
+    the convolution before it. torchvision's quantized networks come folded: they stay as they are.
     """
+    if encoder.quantized:
+        return encoder
     encoder = copy.deepcopy(encoder).eval()
     encoder.backbone = fuse(encoder.backbone, inplace=True)
     return encoder.to(memory_format=torch.channels_last)

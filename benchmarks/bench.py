@@ -134,12 +134,13 @@ def encoding_rows(setting, seconds):
         count = max(round(seconds * forward["ours"]), ready.smallest)
         return timed(ready.run, count, setting.device)[0]
 
-    whole = alternate(setting, "encoding", seconds, limit=forward_alone)
+    # Three rounds, as each is long.
+    whole = alternate(setting, "encoding", seconds, rounds=3, limit=forward_alone)
     whole["of_limit"] = share_of_limit(whole)
     whole["note"] = "limit: the encoder's forward pass alone, by turns"
     rows = [forward, whole]
     if setting.device.type == "cpu" and in_int8(setting.backbone):
-        rows.append(alternate(setting, "encoding, int8", seconds))
+        rows.append(alternate(setting, "encoding, int8", seconds, rounds=3))
         rows[-1]["note"] = f"--backbone {in_int8(setting.backbone)}"
     return rows
 

@@ -9,12 +9,13 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from statistics import median
 
 import classic
 import torch
-from stages import STAGES, encoder
+from stages import STAGES, Work, encoder
 from torch.utils.flop_counter import FlopCounterMode
 
 BEGIN = time.perf_counter()
@@ -44,8 +45,8 @@ def alternate(setting, stage, seconds, rounds=5, limit=None):
     takes its turns too, right after the project's side; it returns the rate to compare that with.
     """
     progress(stage)
-    *makers, items = STAGES[stage]
-    works = [make(setting) for make in makers]
+    make_ours, _, items = STAGES[stage]
+    works = [make_ours(setting), classic_work(setting, stage)]
     first, counts, rates, limits = [], [], [], []
     for work in works:
         rate, took = timed(work.run, work.smallest, setting.device)
@@ -62,6 +63,47 @@ def alternate(setting, stage, seconds, rounds=5, limit=None):
         "ratio": median(mine / others for mine, others in rates), "of_limit": None, "note": "",
         "first_round": first, "units_per_round": counts, "rounds": rates, "limits": limits,
     }  # fmt: skip
+
+
+def classic_work(setting, stage):
+    """The classic side of a stage, whose `run` is done by `classic_process`."""
+
+    def ask(count):
+        classic_process().send((setting, stage, count))
+        try:
+            return classic_process().recv()
+        except EOFError:
+            raise RuntimeError("the classic loop died; is there too little memory?") from None
+
+    return Work(ask, *ask(None))
+
+
+@cache
+def classic_process():
+    """The pipe to a process that the classic loop has to itself, as it would in a repository of
+    its own: memory that one side keeps for later must not speed up the other.
+    """
+    fresh = multiprocessing.get_context("spawn")
+    here, there = fresh.Pipe()
+    fresh.Process(target=answer_all, args=(there,), daemon=True).start()
+    there.close()  # the process has the only other one: when it dies, recv() fails
+    return here
+
+
+def answer_all(pipe):
+    """In that process: the sizes of a stage's rounds when asked for None, else a round of it."""
+    make = cache(lambda setting, stage: STAGES[stage][1](setting))
+    with contextlib.suppress(EOFError):  # until the benchmark ends
+        while True:
+            setting, stage, count = pipe.recv()
+            work = make(setting, stage)
+            if count is None:
+                pipe.send((work.smallest, work.largest))
+                continue
+            items = work.run(count)
+            if setting.device.type == "cuda":
+                torch.cuda.synchronize(setting.device)
+            pipe.send(items)
 
 
 def matmul_peak(device, precision):
