@@ -28,11 +28,12 @@ def replacing(path: Path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
         raise OSError(
             f"cannot write {path} ({str(error).splitlines()[0]}); what was saved before is intact: "
             "free some space if the disk is full, and go on with --resume"
         ) from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_atomically(text: str, path: Path):
@@ -76,11 +77,28 @@ def only_run_in(out: Path, rank=0):
     except OSError as error:
         raise OSError(f"cannot write into {out} ({error.strerror}); choose another --out") from None
     with lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OSError(f"another run is writing into {out}; choose another --out") from None
+        if not try_lock(lock):
+            raise OSError(f"another run is writing into {out}; choose another --out")
+        yield
+
+
+def try_lock(file) -> bool:
+    """Lock an open file until it is closed; False if another process has it locked."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def one_after_the_other(lock_file: Path):
+    """Wait until no other process is between these two lines, with the same file."""
+    with open(lock_file, "w") as lock:
+        if not try_lock(lock):
+            print(f"Waiting for another run, which has {lock_file}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

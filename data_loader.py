@@ -78,7 +78,7 @@ def read_captions(captions_file) -> COCO:
     """A captions file through COCO's own API, without its chatter, and checked."""
     path = Path(captions_file)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise DataError(f"there is no captions file {path}; check the path") from None
     except OSError as error:
@@ -100,7 +100,7 @@ def check_captions(content) -> str | None:
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             return f"there is no list of {key!r}; a captions file has 'images' and 'annotations'"
-    names = {}
+    names, entries = {}, {}
     for image in content["images"]:
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
             return f"every entry of 'images' needs an id, {short(image)} has none"
@@ -108,7 +108,12 @@ def check_captions(content) -> str | None:
             return f"image {short(image['id'])} has no file_name"
         if image["id"] in names:
             return f"image id {short(image['id'])} is listed twice"
-        names[image["id"]] = image["file_name"]
+        if image["file_name"] in entries:  # else it could be in training and test at once
+            return (
+                f"images {short(entries[image['file_name']])} and {short(image['id'])} are the "
+                f"same file {short(image['file_name'])}; list it once, with all its captions"
+            )
+        names[image["id"]], entries[image["file_name"]] = image["file_name"], image["id"]
     if len({type(image_id) for image_id in names}) > 1:
         return "some image ids are numbers and some are text; make them one kind"
     wrong = []
@@ -225,10 +230,11 @@ class BucketSampler:
     def __init__(self, lengths, batch_size, seed=0, rank=0, world=1):
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
         self.rank, self.world = rank, world
-        if min(batch_size, len(self.lengths)) < world:
+        if len(self.lengths) // max(len(self), 1) < world:  # of the smallest batch
             raise ValueError(
-                f"{world} processes share every batch: batch_size ({batch_size}) and the number "
-                f"of captions ({len(self.lengths)}) have to be at least that"
+                f"{world} processes share every batch, and {len(self.lengths)} captions in "
+                f"batches of at most {batch_size} leave some process nothing: take a larger "
+                "batch_size, or fewer processes"
             )
         self.set_epoch(0)
 

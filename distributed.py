@@ -8,6 +8,7 @@ with process_group(device):          # does nothing unless torchrun started this
 import contextlib
 import functools
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -49,6 +50,13 @@ def all_sum(tensor):
     return tensor
 
 
+def same_buffers(module):
+    """Give every process the first one's buffers, such as BatchNorm's running statistics."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather(thing) -> list:
     """Every process's `thing`, in the order of their numbers, for each of them."""
     rank, world = rank_and_world()
@@ -79,6 +87,14 @@ def say(text):
         print(text, flush=True)
 
 
+def is_watched() -> bool:
+    """Does this process print to a terminal or into a notebook, where progress bars are welcome?
+
+    Into a file they would only be noise, and so would those of several processes.
+    """
+    return rank_and_world()[0] == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+
+
 # ---------------------------------------------------------------------------- devices
 
 
@@ -86,19 +102,20 @@ def pick_device(name) -> torch.device:
     """The device of that name; "auto": a GPU (CUDA, then Apple's), or else the CPU.
 
     Under torchrun "auto" and "cuda" are this process's own GPU. Raises ValueError if there is none
-    of that name.
+    of that name, or none for this process.
     """
-    if name != "auto" and not (name == "cuda" and "LOCAL_RANK" in os.environ):
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    if name == "auto" or (name == "cuda" and "LOCAL_RANK" in os.environ):
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         return device
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
 
 
 def exact(tensor):

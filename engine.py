@@ -8,6 +8,8 @@
 Wherever `images` are asked for, pooled CNN features (B, feature_size) do as well.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,13 +54,11 @@ def evaluate(model, loader) -> tuple[float, int]:
 
     Of several processes, each looks at the batches of its own loader, and all get the sums.
     """
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    for images, captions, _ in loader:
-        nll, tokens = caption_nll(model, images, captions)
-        total, count = total + exact(nll), count + tokens
-    model.train(was_training)
+    with in_eval_mode(model):
+        for images, captions, _ in loader:
+            nll, tokens = caption_nll(model, images, captions)
+            total, count = total + exact(nll), count + tokens
     total, count = all_sum(torch.as_tensor([total, count], dtype=torch.float64)).tolist()
     return total, int(count)
 
@@ -67,12 +67,23 @@ def caption_split(model, loader, beam_size=3, max_len=20, **sampling) -> list[st
     """A free-running caption for every image of a `get_loader(..., mode="test")`, in order."""
     device = model.decoder.linear.weight.device
     captions = []
-    for images, _ in loader:
-        with torch.no_grad():
+    with in_eval_mode(model), torch.no_grad():
+        for images, _ in loader:
             features = model.encoder(images.to(device))
-        ids = model.decoder.sample(features, beam_size, max_len, **sampling)
-        captions += map(model.text, ids)
+            ids = model.decoder.sample(features, beam_size, max_len, **sampling)
+            captions += map(model.text, ids)
     return captions
+
+
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """Without dropout, and with BatchNorm as it was trained; afterwards the mode is as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def score(model, val_loader, training_captions, beam_size=3) -> dict:

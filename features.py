@@ -28,12 +28,12 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from checkpoint import one_after_the_other, write_atomically
 from data_loader import as_it_is
-from distributed import barrier, fast_precision, rank_and_world, say
+from distributed import barrier, fast_precision, is_watched, rank_and_world, say
 from model import BadImageError
 
-FORMAT = "2"  # raise it when what the files hold, or how images are opened, changes
+FORMAT = "3"  # raise it when what the files hold, or how images are opened, changes
 TODO, DONE, BAD = 0, 1, 2  # the state of a row
 SAVE_EVERY = 2048  # images between two writes: what an interruption can cost
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in malloc.h
@@ -59,6 +59,22 @@ def encode_images(encoder, paths, transform, cache_dir, batch_size=None, workers
     name = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
     name.parent.mkdir(parents=True, exist_ok=True)
     rank, world = rank_and_world()
+    lock = name.with_name(f".{name.name}.lock")
+    with one_after_the_other(lock) if rank == 0 else contextlib.nullcontext():
+        fill(name, encoder, paths, transform, batch_size, workers, rank, world)
+    state = np.load(f"{name}.state.npy")
+    again = Readable(paths, transform)
+    bad = {
+        int(row): again[row][1] or f"{paths[row]}: it could not be read at first; start again"
+        for row in np.flatnonzero(state == BAD)
+    }
+    if bad and not skip_bad:
+        raise BadImageError(describe_bad(bad.values()))
+    return Features(np.load(f"{name}.npy", mmap_mode="r"), bad)
+
+
+def fill(name, encoder, paths, transform, batch_size, workers, rank, world):
+    """See to it that the files hold all features; each of `world` processes adds its share."""
     if rank == 0:
         if not (is_intact(name) or is_begun(name, len(paths))):
             create(name, (len(paths), encoder.feature_size))
@@ -76,14 +92,9 @@ def encode_images(encoder, paths, transform, cache_dir, batch_size=None, workers
             f"{(state == TODO).sum()} features are missing from {name}.npy, though all images were "
             "encoded: do the processes share that folder? Start again, or name another --cache"
         )
-    if rank == 0 and not is_intact(name):
+    if rank == 0 and not Path(f"{name}.json").exists():
         write_atomically(json.dumps({"sha256": checksum(name)}), Path(f"{name}.json"))
     barrier()
-    unreadable = Readable(paths, transform)
-    bad = {int(row): unreadable[row][1] for row in np.flatnonzero(state == BAD)}
-    if bad and not skip_bad:
-        raise BadImageError(describe_bad(bad.values()))
-    return Features(np.load(f"{name}.npy", mmap_mode="r"), bad)
 
 
 @torch.inference_mode()
@@ -94,7 +105,8 @@ def encode_rows(encoder, paths, transform, todo, name, batch_size, workers):
     images = Readable([paths[row] for row in todo], transform)
     loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=as_it_is)
     bar = tqdm(total=len(paths), initial=len(paths) - len(todo), desc="encoding images",
-               unit="img", mininterval=1, leave=False, file=sys.stdout)  # fmt: skip
+               unit="img", mininterval=1, leave=False, file=sys.stdout,
+               disable=not is_watched())  # fmt: skip
     states, pooled, saved = [], [], 0  # of the images since the last save
     for batch in loader:
         states += [BAD if image is None else DONE for image, _ in batch]
@@ -176,8 +188,8 @@ def forget_bad(name):
 def is_begun(name, images) -> bool:
     """Are there unfinished files to go on with?"""
     try:
-        begun = len(np.load(f"{name}.state.npy", mmap_mode="r")) == images
-        return begun and not Path(f"{name}.json").exists()
+        sizes = {len(np.load(f"{name}{part}", mmap_mode="r")) for part in (".npy", ".state.npy")}
+        return sizes == {images} and not Path(f"{name}.json").exists()
     except (OSError, ValueError, EOFError):
         return False
 
@@ -250,7 +262,8 @@ class Readable(Dataset):
 def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
     """{row: reason} for the images that cannot be read: looks at each one of them."""
     looked = DataLoader(Readable(paths, transform), None, num_workers=workers)
-    bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout)
+    bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout,
+               disable=not is_watched())  # fmt: skip
     return {row: why for row, (_, why) in enumerate(bar) if why}
 
 

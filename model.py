@@ -39,7 +39,9 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
     """Open an image (path or PIL image) as upright RGB, whatever its mode.
 
     `min_size` lets the JPEG decoder skip detail that a later resize would discard anyway: the
-    result keeps both sides at or above it. Transparent pixels become white. Raises BadImageError.
+    result keeps both sides at or above it. (Not of an image that is open already: there the resize
+    sees all detail, and the CNN's features come out a little different.) Transparent pixels become
+    white. Raises BadImageError.
     """
     given = isinstance(source, Image.Image)
     name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
@@ -50,8 +52,10 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
         if min_size and not given:
             image.draft("RGB", (min_size, min_size))
         image = ImageOps.exif_transpose(image)
+        if max(image.size) > 50 * min(image.size):  # would take gigabytes to resize
+            raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
         if image.mode.startswith(("I", "F")):  # 16 bits a pixel, which convert() would clip
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
+            image = eight_bits(image)
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -60,6 +64,15 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
         raise BadImageError(f"{name}: there is no such file") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise BadImageError(f"{name}: {error or type(error).__name__}") from None
+
+
+def eight_bits(image) -> Image.Image:
+    """An image of integers or floats as grey of 8 bits, whether it goes up to 65,535, 255 or 1."""
+    largest = image.getextrema()[1]
+    scale = 1 / 256 if largest > 255 or image.mode.startswith("I;16") else 1
+    if image.mode == "F" and largest <= 1:
+        scale = 255
+    return image.point(lambda value: value * scale).convert("L")
 
 
 def eval_transform(image_size: int = 224) -> v2.Compose:
@@ -309,13 +322,14 @@ class DecoderRNN(nn.Module):
         The lists hold words only: no `<start>`, `<end>`, `<pad>`, and never `<unk>`.
         Raises ValueError for settings that contradict each other, or if the model computes NaN.
         """
-        if beam_size < 1 or max_len < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+        smallest = min(beam_size, max_len, 1 if top_k is None else top_k)
+        if smallest < 1 or not temperature >= 0:
             raise ValueError("beam_size, max_len and top_k are 1 or more, temperature 0 or more")
         if temperature and beam_size > 1:
             raise ValueError("a beam searches and a temperature draws: choose one of them")
         if top_k is not None and not temperature:
             raise ValueError("top_k limits what is drawn: it needs a temperature above 0")
-        if length_penalty < 0:
+        if not length_penalty >= 0:
             raise ValueError("length_penalty is 0 (plain log-probability) or more")
         choose = partial(draw, temperature, top_k, generator) if temperature else torch.topk
         was_training = self.training
@@ -347,9 +361,9 @@ def beam_search(decoder, features, beam_size, max_len, length_penalty, choose=to
         logits = decoder.linear(hidden[:, 0]).float()  # (n*k, vocab_size)
         logits[:, [PAD, START, UNK]] = -torch.inf
         total = scores.unsqueeze(2) + logits.log_softmax(-1).view(-1, k, vocab_size)
-        scores, index = choose(total.flatten(1), min(beam_size, k * vocab_size))  # (n, beam_size)
-        if scores.isnan().any():
+        if total[:, :, END].isnan().any():  # softmax spreads a NaN over all words
             raise ValueError("the model computes NaN: its weights or the features are damaged")
+        scores, index = choose(total.flatten(1), min(beam_size, k * vocab_size))  # (n, beam_size)
         parent, words = index // vocab_size, index % vocab_size
         told = torch.cat([told.take_along_dim(parent.unsqueeze(2), 1), words.unsqueeze(2)], dim=2)
 
@@ -449,7 +463,8 @@ class CaptionModel(nn.Module):
         temperature. Raises BadImageError for what is no image.
         """
         images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        beam_size = beam_size or (1 if sampling.get("temperature") else 3)
+        if beam_size is None:
+            beam_size = 1 if sampling.get("temperature") else 3
         weight = self.decoder.linear.weight
         was_training, captions = self.training, []
         self.eval()

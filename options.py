@@ -58,14 +58,20 @@ class Options:
                      "batch_size", "accumulate", "threshold"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be 1 or more")
-        for name in ("patience", "save_every", "workers", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("patience", "save_every", "workers", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be 0 or more")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but has to be 0 or more, and below 1")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}, but has to be below 2**32")
+        if self.blind and self.fine_tune:
+            raise ValueError("blind shows the CNN no images: there is nothing to fine_tune")
+        if str(self.weights).lower() == "none":
+            self.weights = None
 
 
 # Drawn scenes are small and simple; every other dataset takes the defaults above.
@@ -98,7 +104,4 @@ def parse(arguments=None) -> Options:
         else:
             settings |= {"default": f.default, "type": type(f.default)}
         parser.add_argument(flag, **settings)
-    options = Options(**vars(parser.parse_args(arguments)))
-    if str(options.weights).lower() == "none":
-        options.weights = None
-    return options
+    return Options(**vars(parser.parse_args(arguments)))

@@ -40,11 +40,13 @@ from distributed import (
     exact,
     fast_precision,
     gather,
+    is_watched,
     only_deterministic_operations,
     parallel,
     pick_device,
     process_group,
     rank_and_world,
+    same_buffers,
     say,
 )
 from engine import TeacherForcing, evaluate, score
@@ -100,19 +102,33 @@ class Trainer:
         self.history, self.step, self.totals = [], 0, no_totals(self.device)
         if checkpoint:
             self.restore(checkpoint)
+        self.kept = len(self.history)  # epochs that are on the disk
 
     def find_earlier_run(self):
         """The checkpoint to go on from, if that is asked for; else an earlier run is refused."""
-        path = self.out / "last.pt"
-        if self.options.resume:
-            if path.exists():
-                return load_safely(path)
-            say(f"There is no {path} to go on from yet: this run starts at its beginning.")
-        elif (path.exists() or (self.out / "best.pt").exists()) and not self.options.overwrite:
+        for folder in (self.out, Path(self.options.cache)):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file, not a folder; name another")
+        last, best = self.out / "last.pt", self.out / "best.pt"
+        self.found = self.written()
+        if self.options.resume and last.exists():
+            return load_safely(last)
+        if self.options.overwrite or not (last.exists() or best.exists()):
+            earlier = False
+        else:  # a kill between the two files of the first epoch leaves best.pt alone
+            earlier = not self.options.resume or len(load_safely(best).get("history", [])) != 1
+        if earlier and self.options.resume:
+            raise ValueError(
+                f"{self.out} holds the best epoch of an earlier run, but no last.pt to go on from: "
+                "start anew with --overwrite, or name another folder with --out"
+            )
+        if earlier:
             raise ValueError(
                 f"{self.out} holds an earlier run: go on with --resume, start anew with "
                 "--overwrite, or name another folder with --out"
             )
+        if self.options.resume:
+            say(f"There is no {last} to go on from yet: this run starts at its beginning.")
         return None
 
     def look_at(self, data):
@@ -147,6 +163,11 @@ class Trainer:
         only what came after the last. SIGTERM, as Slurm sends it, is answered by saving at once.
         """
         with only_run_in(self.out, self.rank), stop_on_sigterm() as stop:
+            if self.rank == 0 and self.found != self.written():
+                raise ValueError(
+                    f"another run has written into {self.out} since this one looked there; "
+                    "start again, or name another folder with --out"
+                )
             if not self.history and not self.step and self.rank == 0:
                 forget_earlier_run(self.out)  # no file of it may be taken for one of this run
                 self.vocab.save(self.out / "vocabulary.json")
@@ -155,13 +176,13 @@ class Trainer:
                 while not self.finished():
                     self.train_epoch(stop)
                     self.history.append(self.validate())
-                    if not math.isfinite(self.history[-1]["val_loss"]):
-                        raise ValueError("the loss is no longer a number; lower --learning-rate")
+                    self.must_be_finite(self.history[-1]["val_loss"])
                     self.step, self.totals = 0, no_totals(self.device)
                     self.save()
+                    self.kept = len(self.history)
                     say(describe(self.history[-1]))
             except KeyboardInterrupt:
-                say(f"\nStopped: {len(self.history)} epochs are kept. Go on with --resume.")
+                say(f"\nStopped: {self.kept} epochs are kept. Go on with --resume.")
                 raise
         return self.history
 
@@ -176,6 +197,9 @@ class Trainer:
         self.begun, self.clock = self.step, time.perf_counter()
         self.model.train()
         self.train_loader.batch_sampler.set_epoch(epoch, self.step)
+        # Of the random crops that workers make: others in every epoch and process.
+        self.train_loader.generator.manual_seed(hash((options.seed, epoch, self.step, self.rank)))
+        self.optimizer.zero_grad()  # Ctrl-C may have left some
         steps = len(self.train_loader)
         bar = progress_bar(self.train_loader, f"epoch {epoch + 1}/{options.epochs}", self.step)
         targets = 0
@@ -189,12 +213,13 @@ class Trainer:
             if self.step % options.accumulate and self.step < steps:
                 continue
 
-            self.update(learning_rate(options, epoch + self.step / steps), targets)
+            norm = self.update(learning_rate(options, epoch + self.step / steps), targets)
             targets = 0
             if self.step % 20 == 0:  # not at every step: reading a number makes a GPU wait
                 bar.set_postfix(loss=f"{(self.totals[0] / self.totals[1]).item():.3f}")
             stopping = self.must_stop(stop)
             if stopping or self.is_time_to_save():
+                self.must_be_finite(norm)
                 self.save()
             if stopping:
                 say(f"\nTerminated; saved after step {self.step}. Go on with --resume.")
@@ -205,15 +230,27 @@ class Trainer:
         return every > 0 and self.step % every < self.options.accumulate
 
     def update(self, rate, targets):
-        """One step of the optimizer, by the mean gradient over the targets of all processes."""
+        """One step of the optimizer, by the mean gradient over the targets of all processes.
+
+        Returns that gradient's norm.
+        """
         # DDP has averaged the gradients over the processes, hence `world`.
         scale = self.world / all_sum(targets)
         for weight in self.weights:
             weight.grad.mul_(scale)
-        torch.nn.utils.clip_grad_norm_(self.weights, self.options.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.options.clip)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return norm
+
+    def must_be_finite(self, number):
+        """Nothing is saved over what is good once training has gone wrong."""
+        if not math.isfinite(number):
+            raise ValueError(
+                "the loss is no longer a number: start anew with a lower --learning-rate "
+                "(and --overwrite)"
+            )
 
     def must_stop(self, stop) -> bool:
         """Has any process been told to end? They ask each other at every tenth update."""
@@ -227,6 +264,8 @@ class Trainer:
         nll, tokens = all_sum(self.totals).tolist()
         seconds = time.perf_counter() - self.clock
         share = 1 - self.begun / len(self.train_loader)  # below 1 in an epoch that was resumed
+        if self.options.fine_tune:
+            same_buffers(self.model)
         val_nll, val_tokens = evaluate(self.model, self.val_loader)
         return {
             "epoch": len(self.history) + 1,
@@ -254,7 +293,7 @@ class Trainer:
             "options": asdict(self.options),
             "history": self.history,
         }
-        if self.step == 0 and losses[-1] == min(losses):
+        if self.step == 0 and losses.index(min(losses)) == len(losses) - 1:
             save_atomically(checkpoint, self.out / "best.pt")
         checkpoint |= {
             "optimizer": self.optimizer.state_dict(),
@@ -264,8 +303,12 @@ class Trainer:
             "captions": self.captions_seen(),
         }
         save_atomically(checkpoint, self.out / "last.pt")
+        self.found = self.written()
         if self.step == 0:
             self.write_history()
+
+    def written(self):
+        return when_written(self.out / "last.pt", self.out / "best.pt")
 
     def write_history(self):
         if self.rank > 0 or not self.history:
@@ -286,6 +329,8 @@ class Trainer:
                 for name, value in {**self.model.config, **asdict(self.options)}.items()
                 if name not in MAY_CHANGE and before.get(name) != value
             ]
+            if not self.options.fine_tune and self.cnn_differs(checkpoint["model"]):
+                changed.append("the CNN's weights are others")
             if checkpoint["captions"] != self.captions_seen():
                 changed.append("the captions or their images are others")
             if changed:
@@ -309,6 +354,14 @@ class Trainer:
                 f"{self.out / 'last.pt'} is not a run to go on with ({error}); "
                 "start anew with --overwrite"
             ) from None
+
+    def cnn_differs(self, state) -> bool:
+        """Has the frozen CNN, whose features are trained on, other weights than in `state`?"""
+        return any(
+            isinstance(tensor, torch.Tensor) and not torch.equal(tensor.cpu(), state[name].cpu())
+            for name, tensor in self.model.state_dict().items()
+            if name.startswith("encoder.backbone.")
+        )
 
     def captions_seen(self) -> str:
         """A fingerprint of what is trained and validated on."""
@@ -343,6 +396,11 @@ def build_model(options, vocab) -> CaptionModel:
     return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
 
 
+def when_written(*paths):
+    """The times at which files were last written, None for one that is not there."""
+    return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
+
+
 def no_totals(device):
     """Negative log-likelihood and number of targets so far."""
     return exact(torch.zeros(2, device=device))
@@ -351,7 +409,7 @@ def no_totals(device):
 def progress_bar(batches, title, done):
     """A bar on standard output, gone when it is full: a notebook keeps no trace of it."""
     return tqdm(batches, title, total=len(batches), initial=done, leave=False, unit="batch",
-                file=sys.stdout, mininterval=1, disable=rank_and_world()[0] > 0)  # fmt: skip
+                file=sys.stdout, mininterval=1, disable=not is_watched())  # fmt: skip
 
 
 def describe(line) -> str:
@@ -378,10 +436,13 @@ def main(arguments=None) -> int:
             trainer.fit()
             say(json.dumps(trainer.report(), indent=2))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if text.startswith("Caught "):  # in a worker, whose whole traceback PyTorch puts into it
+            text = text.splitlines()[-1]
+        print(f"error: {text}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise  # with its traceback: that is a mistake in the program
         print(
             f"error: a process that loads images has died ({str(error).splitlines()[0]}), perhaps "
