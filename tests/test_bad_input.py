@@ -129,6 +129,7 @@ def test_bad_annotation(dataset, fails, edit, change, said):
         {"file_name": None},
         {"file_name": ""},
         {"file_name": 3},
+        {"file_name": "06.jpg"},  # that of another image: could be in training and test at once
     ],
     ids=str,
 )
@@ -268,6 +269,9 @@ def test_image_beyond_the_limit(dataset, fails, monkeypatch, limit):
         {"batch_size": 0},
         {"epochs": 0},
         {"dropout": 2.0},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"weight_decay": float("nan")},
         {"patience": -1},
         {"save_every": -500},
         {"workers": -2},
@@ -280,6 +284,19 @@ def test_impossible_options(dataset, fails, option):
     """An option that cannot be is an error that shows its value."""
     (value,) = option.values()
     assert str(value) in fails(dataset, **option)
+
+
+def test_nothing_to_fine_tune(dataset, fails):
+    """A CNN that sees no images cannot be trained, and that is said before anything is done."""
+    assert "fine_tune" in fails(dataset, blind=True, fine_tune=True)
+
+
+def test_files_in_place_of_folders(dataset, fails):
+    """A file named as the folder for results or features is an error that names it."""
+    for name in ("out", "cache"):
+        assert str(dataset / "captions.json") in fails(
+            dataset, **{name: str(dataset / "captions.json")}
+        )
 
 
 def test_image_too_small_for_the_backbone(dataset, fails):

@@ -159,6 +159,15 @@ def test_little_padding():
     assert lengths.sum() / cells > 0.95
 
 
+@pytest.mark.parametrize("captions, batch_size, world", [(9, 8, 8), (65, 64, 64), (3, 8, 4)])
+def test_a_share_for_every_process(captions, batch_size, world):
+    """Batches too small for all processes are refused: one with nothing to do would fail."""
+    with pytest.raises(ValueError, match="fewer processes"):
+        BucketSampler(np.full(captions, 5), batch_size, world=world)
+    sampler = BucketSampler(np.full(captions, 5), batch_size, rank=1, world=2)
+    assert min(map(len, sampler)) > 0
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_every_batch(world):
     """Processes split each batch among them: together they see what one alone would."""

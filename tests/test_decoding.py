@@ -193,13 +193,13 @@ def test_lowest_temperature_is_greedy():
     assert decoder.sample(features, temperature=1e-40) == decoder.sample(features)
 
 
-@pytest.mark.parametrize("beam_size", [1, 3])
-def test_nan_is_no_caption(beam_size):
+@pytest.mark.parametrize("beam_size, temperature", [(1, 0), (3, 0), (1, 0.7)])
+def test_nan_is_no_caption(beam_size, temperature):
     """Features or weights that are not numbers are an error, not a caption without words."""
     decoder, features = random_decoder(28)
     features[1] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        decoder.sample(features, beam_size=beam_size)
+        decoder.sample(features, beam_size=beam_size, temperature=temperature)
 
 
 def test_sampling_goes_on_from_what_was_drawn():

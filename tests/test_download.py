@@ -853,8 +853,9 @@ def test_control_c_keeps_the_part_and_says_so(tmp_path, server):
     server.files[path] = bytes(2**17) + server.files[path]  # still a zip, but more than one read
     server.faults[path] = [stall]
     process = subprocess.Popen(
-        command(server, tmp_path, "--first", "1"), stderr=subprocess.PIPE, text=True
-    )
+        command(server, tmp_path, "--first", "1"), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     assert server.stalled.wait(10)
     part = tmp_path / "annotations_trainval2017.zip.part"
     while process.poll() is None and not (part.exists() and part.stat().st_size):

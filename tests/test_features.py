@@ -279,6 +279,22 @@ def test_image_that_recovers(encoder, paths, tmp_path, monkeypatch):
     np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
 
 
+def test_image_that_recovers_at_once(encoder, paths, tmp_path, monkeypatch):
+    """An image that failed and can be read a moment later is named all the same: it is missing."""
+    opened, failures = Image.open, [paths[5]]
+
+    def fail(source):
+        if source in failures:
+            failures.remove(source)
+            raise OSError("the network is down")
+        return opened(source)
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(BadImageError, match=f"{paths[5].name}.*start again"):
+        encode_images(encoder, paths, transform, tmp_path)
+    assert encode_images(encoder, paths, transform, tmp_path).bad == {}
+
+
 def test_bad_images_stop_the_caller(encoder, paths, tmp_path):
     """Without `skip_bad`, unreadable images are an error that names all of them."""
     paths[2].write_bytes(b"no image")

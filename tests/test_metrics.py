@@ -103,6 +103,41 @@ def test_rouge_and_cider():
     assert scores["tokenizer"] == TOKENIZER
 
 
+def test_cider_by_its_formula():
+    """CIDEr-D is the formula of Vedantam et al. (2015), written out naively."""
+    said = [tokenize(text) for text in CANDIDATES]
+    truth = [[tokenize(text) for text in texts] for texts in REFERENCES]
+    _, found = caption_scores(CANDIDATES, REFERENCES, tokenize, TOKENIZER)
+    assert found == pytest.approx([naive_cider(s, row, truth) for row, s in enumerate(said)])
+    assert max(found) > 1
+
+
+def naive_cider(words, row, truth):
+    """10 times the mean over n = 1..4 and the image's references of the clipped tf-idf cosine."""
+
+    def grams(words, n):
+        return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+    def tf_idf(words, n):
+        images = {g: sum(any(grams(r, n)[g] for r in refs) for refs in truth) for g in
+                  grams(words, n)}  # fmt: skip
+        return {
+            g: count * math.log(len(truth) / max(1, images[g]))
+            for g, count in grams(words, n).items()
+        }
+
+    total = 0
+    for reference in truth[row]:
+        for n in range(1, 5):
+            one, other = tf_idf(words, n), tf_idf(reference, n)
+            product = sum(min(one[g], other.get(g, 0)) * other.get(g, 0) for g in one)
+            norms = [math.sqrt(sum(x * x for x in vector.values())) for vector in (one, other)]
+            if all(norms):
+                gap = len(words) - len(reference)
+                total += product / math.prod(norms) * math.exp(-(gap**2) / 72)
+    return 10 * total / 4 / len(truth[row])
+
+
 def test_rouge_by_hand():
     """ROUGE-L of one word right of two, with a reference of four: F with beta 1.2."""
     precision, recall = 1 / 2, 1 / 4

@@ -570,6 +570,22 @@ def test_sixteen_bits(tmp_path):
     np.testing.assert_allclose(image[0, :, 0], [0, 1, 128, 255], atol=1)
 
 
+@pytest.mark.parametrize("kind, white", [(np.int32, 65535), (np.int32, 255), (np.float32, 255),
+                                         (np.float32, 1)])  # fmt: skip
+def test_integers_and_floats(kind, white):
+    """Pixels that are integers or floats keep their brightness, whatever stands for white."""
+    pixels = (np.array([[0.0, 0.25, 0.5, 1.0]]) * white).astype(kind)
+    image = np.asarray(load_image(Image.fromarray(pixels)))
+    np.testing.assert_allclose(image[0, :, 0], [0, 64, 128, 255], atol=1)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3)])
+def test_a_line_is_no_image(tmp_path, size):
+    """An image so long and thin that resizing it would take gigabytes counts as unreadable."""
+    with pytest.raises(BadImageError, match=f"line.png.*{size[0]} x {size[1]}"):
+        load_image(saved(Image.new("RGB", size), tmp_path / "line.png"))
+
+
 def test_exif_rotation(tmp_path):
     """A photo that a camera stored lying on its side is stood upright."""
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)

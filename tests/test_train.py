@@ -3,14 +3,17 @@
 import csv
 import json
 import math
+import shutil
 import signal
+import threading
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import command_line, tiny_options
+import torch.nn.functional as F
+from conftest import command_line, seeing_weights, tiny_options
 
 import distributed
 import engine
@@ -114,6 +117,17 @@ def test_evaluate_keeps_the_mode(finished, training):
         finished.model, finished.val_loader
     )
     assert finished.model.training == training
+
+
+def test_captioning_changes_nothing(dataset):
+    """Captioning a split with a model in training neither moves BatchNorm nor ends training."""
+    trainer = Trainer(tiny_options(dataset, fine_tune=True))
+    model = trainer.model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    loader = get_loader(trainer.val_data, transform=model.transform, mode="test")
+    assert len(caption_split(model, loader)) == len(trainer.val_data) and model.training
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_captions_of_a_split(finished):
@@ -238,6 +252,30 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, epoch, sa
     assert_same_end(options.out, finished.out)
 
 
+def test_resumed_with_accumulated_gradients(shared_dataset, tmp_path, monkeypatch):
+    """So does one whose steps of the optimizer take several batches, the last of them fewer."""
+    options = tiny_options(shared_dataset, accumulate=3, save_every=1, learning_rate=0.02)
+    straight, out = str(tmp_path / "straight"), str(tmp_path / "out")
+    assert main(command_line(replace(options, out=straight))) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1.99)
+        assert main(command_line(replace(options, out=out))) == 130
+    assert load_safely(f"{out}/last.pt")["step"] == 3
+    assert main([*command_line(replace(options, out=out)), "--resume"]) == 0
+    assert_same_end(out, straight)
+
+
+def test_nothing_good_is_lost_to_nan(dataset, monkeypatch):
+    """A run that goes wrong within an epoch ends, and last.pt is still that of good steps."""
+    trainer = Trainer(tiny_options(dataset, save_every=1))
+    interrupt_at(monkeypatch, 1.4, lambda: trainer.weights[0].grad.fill_(math.nan))
+    with pytest.raises(ValueError, match="no longer a number"):
+        trainer.fit()
+    checkpoint = load_safely(trainer.out / "last.pt")
+    assert len(checkpoint["history"]) == 1 and checkpoint["step"] > 0
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+
+
 def test_terminated(finished, tmp_path, monkeypatch):
     """SIGTERM in the middle of an epoch is answered by saving; the resumption loses no step."""
     options = replace(finished.options, out=str(tmp_path / "out"))
@@ -296,6 +334,27 @@ def test_an_earlier_run_is_not_lost(finished, capsys):
     assert {path.name: path.read_bytes() for path in finished.out.iterdir()} == before
 
 
+def test_a_run_that_was_faster(shared_dataset, tmp_path):
+    """Of two runs begun in the same folder, the later one to train does not undo the other."""
+    options = tiny_options(shared_dataset, out=str(tmp_path / "out"), epochs=1)
+    one, other = Trainer(options), Trainer(options)
+    one.fit()
+    before = (tmp_path / "out" / "last.pt").read_bytes()
+    with pytest.raises(ValueError, match="another run"):
+        other.fit()
+    assert (tmp_path / "out" / "last.pt").read_bytes() == before
+
+
+def test_best_epoch_without_last(finished, tmp_path, capsys):
+    """The best epoch of a run whose last.pt is lost is not deleted by a resumption."""
+    out = tmp_path / "out"
+    shutil.copytree(finished.out, out)
+    (out / "last.pt").unlink()
+    assert main([*command_line(replace(finished.options, out=str(out))), "--resume"]) == 1
+    assert "no last.pt" in capsys.readouterr().err
+    assert (out / "best.pt").read_bytes() == (finished.out / "best.pt").read_bytes()
+
+
 def test_overwrite(finished, tmp_path):
     """`overwrite` starts anew: the same seed gives the same first epoch once more."""
     options = replace(finished.options, out=str(tmp_path / "out"), epochs=1)
@@ -332,6 +391,18 @@ def test_resume_refuses_other_captions(finished, dataset, capsys):
     assert "are others" in capsys.readouterr().err
 
 
+def test_resume_refuses_another_cnn(shared_dataset, tmp_path, capsys):
+    """A run does not go on with the features of other weights, even from a file of that name."""
+    weights = tmp_path / "weights.pt"
+    shutil.copy(seeing_weights(), weights)
+    options = tiny_options(shared_dataset, out=str(tmp_path / "out"), weights=str(weights))
+    Trainer(replace(options, epochs=1)).fit()
+    state = {name: value * 1.5 for name, value in torch.load(weights).items()}
+    torch.save(state, weights)
+    assert main([*command_line(options), "--resume"]) == 1
+    assert "the CNN's weights are others" in capsys.readouterr().err
+
+
 def test_resume_a_finished_run(finished):
     """Going on with a run that has had all its epochs trains nothing and changes nothing."""
     last = (finished.out / "last.pt").read_bytes()
@@ -361,9 +432,9 @@ def scripted(monkeypatch, losses):
 
 def test_early_stopping(dataset, monkeypatch):
     """After `patience` epochs without a better validation loss the run stops and keeps its best."""
-    scripted(monkeypatch, [3.0, 2.0, 2.5, 2.4, 1.0])
+    scripted(monkeypatch, [3.0, 2.0, 2.0, 2.4, 1.0])  # of equal ones the first is the best
     history = Trainer(tiny_options(dataset, epochs=9, patience=2)).fit()
-    assert [line["val_loss"] for line in history] == [3.0, 2.0, 2.5, 2.4]
+    assert [line["val_loss"] for line in history] == [3.0, 2.0, 2.0, 2.4]
     best = load_safely(dataset / "out" / "best.pt")
     assert [line["val_loss"] for line in best["history"]] == [3.0, 2.0]
 
@@ -408,6 +479,31 @@ def test_a_processor_that_promises_bfloat16(monkeypatch):
     distributed.lstm_runs_in_bfloat16.cache_clear()
     distributed.lstm_runs_in_bfloat16()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 100])
+def test_gradient_of_a_step(dataset, monkeypatch, accumulate):
+    """Each step's gradient is that of the mean over all targets of its batches."""
+    trainer = Trainer(tiny_options(dataset, accumulate=accumulate, dropout=0.0, clip=1e9))
+    model, batches, weight = trainer.model, [], trainer.model.decoder.embedding.weight
+    trainer.train_loader.batch_sampler.set_epoch(0)
+    batches = list(trainer.train_loader)
+    expected = []
+    for start in range(0, len(batches), accumulate):
+        nll = targets = 0
+        for images, captions, _ in batches[start : start + accumulate]:
+            logits = model(images, captions).flatten(0, 1)
+            nll = nll + F.nll_loss(
+                logits.log_softmax(1), captions[:, 1:].flatten(), ignore_index=0, reduction="sum"
+            )
+            targets += int((captions[:, 1:] != 0).sum())
+        expected += torch.autograd.grad(nll / targets, weight)
+    found = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: found.append(weight.grad.clone()))
+    trainer.train_epoch(threading.Event())
+    assert len(batches) > 2 and len(found) == -(-len(batches) // accumulate)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 def test_what_a_step_does(dataset):
