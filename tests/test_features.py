@@ -3,6 +3,7 @@
 import os
 import pickle
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 
@@ -277,6 +278,16 @@ def test_image_that_recovers(encoder, paths, tmp_path, monkeypatch):
     found = encode_images(encoder, paths, transform, tmp_path)
     assert found.bad == {}
     np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(platform.system() == "Windows", reason="there are no such locks")
+def test_runs_that_share_a_cache(encoder, paths, decoded, tmp_path):
+    """Of two runs that want the same features at the same time, one computes them for both."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(encode_images, encoder, paths, transform, tmp_path) for _ in "12"]
+        one, other = (job.result() for job in jobs)
+    assert sorted(decoded) == paths
+    np.testing.assert_array_equal(one.rows, other.rows)
 
 
 def test_image_that_recovers_at_once(encoder, paths, tmp_path, monkeypatch):
