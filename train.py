@@ -98,6 +98,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
         )
+        updates = options.epochs * -(-len(self.train_loader) // options.accumulate)
+        if updates < 200:
+            say(
+                f"The whole run takes only {updates} steps of the optimizer, too few to learn much: "
+                "with so few captions try --batch-size 8 --accumulate 1, and more --epochs."
+            )
         torch.manual_seed(options.seed + 1000 * self.rank)  # every process its own dropout
         self.history, self.step, self.totals = [], 0, no_totals(self.device)
         if checkpoint:

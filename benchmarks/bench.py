@@ -119,7 +119,7 @@ def all_stages(setting, quick):
     rows += whole_runs(setting, rows)
     encoding_rate = next(row["ours"] for row in rows if row["stage"] == "encoding")
     sizes = (100, 200) if quick else (1_000, 2_000, 4_000, 6_000)
-    costs = scaling(setting, sizes, seconds / 2, encoding_rate)
+    costs = scaling(setting, sizes, seconds, encoding_rate)
     rows += memory_rows(setting)
     return {"rows": rows, "scaling": costs}
 

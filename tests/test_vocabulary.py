@@ -75,6 +75,12 @@ def test_composed_and_decomposed_accents(caption):
     assert tokenize(composed) == tokenize(decomposed)
 
 
+@pytest.mark.parametrize("word", ["हिन्दी", "i̇stanbul", "naïve", "собака"])
+def test_words_of_all_scripts(word):
+    """Marks that belong to a letter do not take a word apart."""
+    assert tokenize(f"{word}, {word}.") == [word, word]
+
+
 @given(st.text())
 def test_tokenize_twice(caption):
     """The words of a caption, joined and split once more, stay as they are."""
