@@ -112,7 +112,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning, no error
     start = time.perf_counter()
-    with tqdm(total=len(NOTEBOOKS), bar_format="{desc} [{elapsed}]", file=sys.stdout) as bar:
+    with tqdm(total=len(NOTEBOOKS), bar_format="{desc} [{elapsed}]", file=sys.stdout,
+              disable=not sys.stdout.isatty()) as bar:  # fmt: skip
         for number, name in enumerate(NOTEBOOKS, start=1):
 
             def show(cell, cells, number=number, name=name):

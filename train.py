@@ -101,7 +101,7 @@ class Trainer:
         updates = options.epochs * -(-len(self.train_loader) // options.accumulate)
         if updates < 200:
             say(
-                f"The whole run takes only {updates} steps of the optimizer, too few to learn much: "
+                f"The whole run takes only {updates} steps of the optimizer, hardly enough: "
                 "with so few captions try --batch-size 8 --accumulate 1, and more --epochs."
             )
         torch.manual_seed(options.seed + 1000 * self.rank)  # every process its own dropout
