@@ -15,6 +15,7 @@ import io
 import json
 import os
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def check_captions(content) -> str | None:
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             return f"there is no list of {key!r}; a captions file has 'images' and 'annotations'"
-    names, entries = {}, {}
+    names = {}
     for image in content["images"]:
         if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
             return f"every entry of 'images' needs an id, {short(image)} has none"
@@ -108,12 +109,7 @@ def check_captions(content) -> str | None:
             return f"image {short(image['id'])} has no file_name"
         if image["id"] in names:
             return f"image id {short(image['id'])} is listed twice"
-        if image["file_name"] in entries:  # else it could be in training and test at once
-            return (
-                f"images {short(entries[image['file_name']])} and {short(image['id'])} are the "
-                f"same file {short(image['file_name'])}; list it once, with all its captions"
-            )
-        names[image["id"]], entries[image["file_name"]] = image["file_name"], image["id"]
+        names[image["id"]] = image["file_name"]
     if len({type(image_id) for image_id in names}) > 1:
         return "some image ids are numbers and some are text; make them one kind"
     wrong = []
@@ -323,10 +319,14 @@ def karpathy_splits(karpathy_file, out_dir) -> dict[str, Path]:
 def random_splits(captions_file, out_dir, shares, seed=0) -> dict[str, Path]:
     """Share out the images of one captions file, e.g. {"train": 0.8, "val": 0.1, "test": 0.1}.
 
-    An image and all its captions land in one split, the same one every time.
+    An image and all its captions land in one split, the same one every time, even if its file is
+    listed as several images.
     """
     content = read_captions(captions_file).dataset
-    ids = np.array(sorted(image["id"] for image in content["images"]))
+    first = {}  # file -> the first of its ids
+    for image in sorted(content["images"], key=itemgetter("id")):
+        first.setdefault(image["file_name"], image["id"])
+    ids = np.array(sorted(first.values()))
     ids = ids[np.random.default_rng(seed).permutation(len(ids))].tolist()
     stops = np.cumsum(list(shares.values())) * len(ids)
     stops = [0, *(round(stop) for stop in stops)]
@@ -337,6 +337,7 @@ def random_splits(captions_file, out_dir, shares, seed=0) -> dict[str, Path]:
         chosen |= dict.fromkeys(ids[start:stop], name)
     splits = {name: {"images": [], "annotations": []} for name in shares}
     for image in content["images"]:
+        chosen[image["id"]] = chosen[first[image["file_name"]]]
         splits[chosen[image["id"]]]["images"].append(image)
     for annotation in content["annotations"]:
         splits[chosen[annotation["image_id"]]]["annotations"].append(annotation)

@@ -255,6 +255,18 @@ def test_random_splits_are_complete(shared_dataset, tmp_path):
         assert sorted(captions) == sorted((i, c) for i in ids[name] for c in CAPTIONS[i - 100])
 
 
+def test_a_photo_listed_twice_is_in_one_split(dataset, tmp_path):
+    """Even a photo that is listed once per caption is never in training and test at once."""
+    path = dataset / "captions.json"
+    content = json.loads(path.read_text())
+    copies = [image | {"id": image["id"] + 50} for image in content["images"]]
+    path.write_text(json.dumps(content | {"images": content["images"] + copies}))
+    splits = read(random_splits(path, tmp_path, SHARES))
+    files = [{image["file_name"] for image in split["images"]} for split in splits.values()]
+    assert sum(map(len, files)) == len(set.union(*files)) == 12
+    assert sum(len(split["images"]) for split in splits.values()) == 24
+
+
 def test_random_splits_are_the_same_every_time(dataset, tmp_path):
     """The draw depends on the seed, not on the order in which the file lists its images."""
     path = dataset / "captions.json"
