@@ -1,6 +1,7 @@
 """What lets a run be interrupted anywhere: files that are whole or not there, and a lock."""
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -83,12 +84,18 @@ def only_run_in(out: Path, rank=0):
 
 
 def try_lock(file) -> bool:
-    """Lock an open file until it is closed; False if another process has it locked."""
+    """Lock an open file until it is closed; False if another process has it locked.
+
+    Some file systems of clusters have no locks, as Windows has none: there, nothing is locked.
+    """
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
     return True
 
 

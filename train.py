@@ -119,20 +119,18 @@ class Trainer:
         self.found = self.written()
         if self.options.resume and last.exists():
             return load_safely(last)
-        if self.options.overwrite or not (last.exists() or best.exists()):
-            earlier = False
-        else:  # a kill between the two files of the first epoch leaves best.pt alone
-            earlier = not self.options.resume or len(load_safely(best).get("history", [])) != 1
-        if earlier and self.options.resume:
-            raise ValueError(
-                f"{self.out} holds the best epoch of an earlier run, but no last.pt to go on from: "
-                "start anew with --overwrite, or name another folder with --out"
-            )
-        if earlier:
-            raise ValueError(
-                f"{self.out} holds an earlier run: go on with --resume, start anew with "
-                "--overwrite, or name another folder with --out"
-            )
+        if not self.options.overwrite and (last.exists() or best.exists()):
+            if not self.options.resume:
+                raise ValueError(
+                    f"{self.out} holds an earlier run: go on with --resume, start anew with "
+                    "--overwrite, or name another folder with --out"
+                )
+            # A kill between the two files of the first epoch leaves best.pt alone.
+            if len(load_safely(best).get("history", [])) != 1:
+                raise ValueError(
+                    f"{self.out} holds the best epoch of an earlier run, but no last.pt to go on "
+                    "from: start anew with --overwrite, or name another folder with --out"
+                )
         if self.options.resume:
             say(f"There is no {last} to go on from yet: this run starts at its beginning.")
         return None
@@ -314,7 +312,9 @@ class Trainer:
             self.write_history()
 
     def written(self):
-        return when_written(self.out / "last.pt", self.out / "best.pt")
+        """When each checkpoint was last written, None for one that is not there."""
+        files = (self.out / "last.pt", self.out / "best.pt")
+        return [file.stat().st_mtime_ns if file.exists() else None for file in files]
 
     def write_history(self):
         if self.rank > 0 or not self.history:
@@ -400,11 +400,6 @@ def build_model(options, vocab) -> CaptionModel:
     names = ("backbone", "weights", "fine_tune", "image_size", "mirror", "blind",
              "embed_size", "hidden_size", "num_layers", "dropout", "inject")  # fmt: skip
     return CaptionModel(vocab.words, **{name: getattr(options, name) for name in names})
-
-
-def when_written(*paths):
-    """The times at which files were last written, None for one that is not there."""
-    return [path.stat().st_mtime_ns if path.exists() else None for path in paths]
 
 
 def no_totals(device):
