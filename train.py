@@ -180,7 +180,7 @@ class Trainer:
                 while not self.finished():
                     self.train_epoch(stop)
                     self.history.append(self.validate())
-                    self.must_be_finite(self.history[-1]["val_loss"])
+                    must_be_finite(self.history[-1]["val_loss"])
                     self.step, self.totals = 0, no_totals(self.device)
                     self.save()
                     self.kept = len(self.history)
@@ -223,7 +223,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{(self.totals[0] / self.totals[1]).item():.3f}")
             stopping = self.must_stop(stop)
             if stopping or self.is_time_to_save():
-                self.must_be_finite(norm)
+                must_be_finite(norm)
                 self.save()
             if stopping:
                 say(f"\nTerminated; saved after step {self.step}. Go on with --resume.")
@@ -247,14 +247,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
-
-    def must_be_finite(self, number):
-        """Nothing is saved over what is good once training has gone wrong."""
-        if not math.isfinite(number):
-            raise ValueError(
-                "the loss is no longer a number: start anew with a lower --learning-rate "
-                "(and --overwrite)"
-            )
 
     def must_stop(self, stop) -> bool:
         """Has any process been told to end? They ask each other at every tenth update."""
@@ -394,6 +386,15 @@ def learning_rate(options, epoch: float) -> float:
     if progress < 0.1:
         return options.learning_rate * progress / 0.1
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
+
+
+def must_be_finite(number):
+    """Nothing is saved over what is good once training has gone wrong."""
+    if not math.isfinite(number):
+        raise ValueError(
+            "the loss is no longer a number: start anew with a lower --learning-rate "
+            "(and --overwrite)"
+        )
 
 
 def build_model(options, vocab) -> CaptionModel:

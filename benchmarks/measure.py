@@ -28,14 +28,18 @@ def progress(text):
 
 def timed(run, count, device):
     """(items per second, seconds) of `run(count)`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    finish(device)
     start = time.perf_counter()
     items = run(count)
-    if device.type == "cuda":  # it has only been told what to do by now
-        torch.cuda.synchronize(device)
+    finish(device)
     seconds = time.perf_counter() - start
     return items / seconds, seconds
+
+
+def finish(device):
+    """Wait for a GPU, which has only been told what to do by now."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def alternate(setting, stage, seconds, rounds=5, limit=None):
@@ -101,8 +105,7 @@ def answer_all(pipe):
                 pipe.send((work.smallest, work.largest))
                 continue
             items = work.run(count)
-            if setting.device.type == "cuda":
-                torch.cuda.synchronize(setting.device)
+            finish(setting.device)
             pipe.send(items)
 
 

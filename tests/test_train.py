@@ -485,7 +485,7 @@ def test_a_processor_that_promises_bfloat16(monkeypatch):
 def test_gradient_of_a_step(dataset, monkeypatch, accumulate):
     """Each step's gradient is that of the mean over all targets of its batches."""
     trainer = Trainer(tiny_options(dataset, accumulate=accumulate, dropout=0.0, clip=1e9))
-    model, batches, weight = trainer.model, [], trainer.model.decoder.embedding.weight
+    model, weight = trainer.model, trainer.model.decoder.embedding.weight
     trainer.train_loader.batch_sampler.set_epoch(0)
     batches = list(trainer.train_loader)
     expected = []
