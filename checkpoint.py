@@ -1,123 +1,290 @@
-"""What lets a run be interrupted anywhere: files that are whole or not there, and a lock."""
+"""Saving and loading checkpoints, and what lets a run be interrupted at any moment.
+
+save({"model": model.state_dict(), ...}, "runs/x/last.pt")     # atomic
+checkpoint = load_safely("runs/x/last.pt")                     # runs no code from the file
+export("runs/x/best.pt", "captioner.pt")                       # weights only, half precision
+"""
 
 import contextlib
-import errno
-import os
+import hashlib
+import json
+import pickle
 import signal
 import threading
+import warnings
+import zipfile
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from distributed import all_reduce_sum, gather, print0, rank_and_world_size
+from files import atomic_write, file_lock
+
+RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json")
 
 
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A file to write into; it takes the place of `path` once it is whole and on the disk.
-
-    A full disk, a kill or a power cut leaves the earlier file as it was.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        raise OSError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); what was saved before is intact: "
-            "free some space if the disk is full, and go on with --resume"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_atomically(text: str, path: Path):
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-def save_atomically(checkpoint, path: Path):
-    with replacing(path) as file:
+def save(checkpoint: dict, path):
+    """torch.save as an atomic write. Raises OSError if the file cannot be written."""
+    with atomic_write(path) as file:
         torch.save(checkpoint, file)
 
 
-def get_rng(device) -> dict:
+def load_safely(path, map_location="cpu"):
+    """torch.load for untrusted files: tensors and plain values only, never code.
+
+    Raises FileNotFoundError, or ValueError for a damaged file or one with other content.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not verify the checksums that it writes
+            damaged = zipfile.ZipFile(path).testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        with warnings.catch_warnings():  # raised by torch.load itself for quantized tensors
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} contains more than tensors and plain values, or is not a PyTorch file; "
+            "it was not loaded, and no code in it was run"
+        ) from None
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise ValueError(f"{path} is damaged or not a PyTorch file ({error})") from None
+
+
+def export(source, target):
+    """Write the weights of checkpoint `source` to `target` in half precision, without the
+    optimizer state: a smaller file, for `CaptionModel.from_checkpoint`.
+
+    Raises what `load_safely` raises, or ValueError if `source` is not a training checkpoint.
+    """
+    checkpoint = load_safely(source)
+    if not isinstance(checkpoint, dict) or not {"config", "words", "model"} <= checkpoint.keys():
+        raise ValueError(f"{source} is not a checkpoint of a captioning model")
+    kept = {key: checkpoint[key] for key in ("config", "words", "history") if key in checkpoint}
+    state = {
+        name: tensor.half() if tensor.dtype == torch.float32 else tensor
+        for name, tensor in checkpoint["model"].items()
+    }
+    save({**kept, "model": state}, target)
+
+
+# ---------------------------------------------------------------------------- interruptions
+
+
+def get_rng_state(device) -> dict:
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_rng(states, device):
-    torch.set_rng_state(states["cpu"].cpu())
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-def forget_earlier_run(out: Path):
-    for name in ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json"):
-        (out / name).unlink(missing_ok=True)
+def delete_run_files(run_dir: Path):
+    for name in RUN_FILES:
+        (run_dir / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def only_run_in(out: Path, rank=0):
-    """Make the folder and hold it for one run. Raises OSError if another run has it.
-
-    The system lets go of the lock when the process ends, however it ends.
-    """
+def lock_run_dir(run_dir: Path, rank=0):
+    """Create the directory, and lock it on rank 0. Raises OSError if another run holds it."""
     if rank > 0:
         yield
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise OSError(f"cannot write into {out} ({error.strerror}); choose another --out") from None
-    with lock:
-        if not try_lock(lock):
-            raise OSError(f"another run is writing into {out}; choose another --out")
-        yield
-
-
-def try_lock(file) -> bool:
-    """Lock an open file until it is closed; False if another process has it locked.
-
-    Some file systems of clusters have no locks, as Windows has none: there, nothing is locked.
-    """
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-    return True
-
-
-@contextlib.contextmanager
-def one_after_the_other(lock_file: Path):
-    """Wait until no other process is between these two lines, with the same file."""
-    with open(lock_file, "w") as lock:
-        if not try_lock(lock):
-            print(f"Waiting for another run, which has {lock_file}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(run_dir / ".lock", wait=False))
+        except BlockingIOError:
+            raise OSError(f"another run is writing to {run_dir}; choose another --out") from None
+        except OSError as error:
+            reason = error.strerror
+            raise OSError(f"cannot write to {run_dir} ({reason}); choose another --out") from None
+        for part in run_dir.glob("*.part"):  # left by a process that was killed
+            part.unlink(missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
 def stop_on_sigterm():
-    """An event that SIGTERM sets, instead of ending the process at once."""
-    told = threading.Event()
+    """An event that is set by SIGTERM, which then no longer ends the process at once."""
+    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield event
         return
-    earlier = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield told
+        yield event
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, previous)
+
+
+# ---------------------------------------------------------------------------- training runs
+
+# What may differ between a run and its continuation; anything else would make it another run.
+MAY_CHANGE = {
+    "epochs", "patience", "save_every", "device", "num_workers", "cache_dir", "out", "resume",
+    "overwrite", "init_from", "train_images", "train_captions", "val_images", "val_captions",
+}  # fmt: skip
+
+
+def find_earlier_run(config):
+    """The checkpoint to resume from, None for a new run.
+
+    Raises ValueError if --out contains a run that would be lost.
+    """
+    out = Path(config.out)
+    for folder in (out, Path(config.cache_dir)):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, not a folder; choose another")
+    last, best = out / "last.pt", out / "best.pt"
+    if config.resume and last.exists():
+        return load_safely(last)
+    if not config.overwrite and (last.exists() or best.exists()):
+        if not config.resume:
+            raise ValueError(
+                f"{out} contains an earlier run: continue with --resume, start again with "
+                "--overwrite, or choose another folder with --out"
+            )
+        # A kill between the two files of the first epoch leaves best.pt alone.
+        if len(load_safely(best).get("history", [])) != 1:
+            raise ValueError(
+                f"{out} contains the best epoch of an earlier run, but no last.pt to resume from: "
+                "start again with --overwrite, or choose another folder with --out"
+            )
+    return None
+
+
+def modification_times(out):
+    """Those of the checkpoints in `out`, None for one that does not exist."""
+    files = (Path(out) / "last.pt", Path(out) / "best.pt")
+    return [file.stat().st_mtime_ns if file.exists() else None for file in files]
+
+
+def check_same_run(checkpoint, config, data_fingerprint, backbone):
+    """Raise ValueError if a run cannot be resumed with another config, data or frozen CNN.
+
+    Returns the config that the checkpoint was written with.
+    """
+    defaults = {f.name: f.default for f in fields(config)}  # for options added since
+    before = defaults | checkpoint["train_config"]
+    changed = [
+        f"{name} was {str(before[name])[:60]}, is {str(value)[:60]}"
+        for name, value in asdict(config).items()
+        if name not in MAY_CHANGE and before[name] != value
+    ]
+    if not config.fine_tune and any(
+        isinstance(tensor, torch.Tensor)
+        and not torch.equal(tensor.cpu(), checkpoint["model"][f"encoder.backbone.{name}"].cpu())
+        for name, tensor in backbone.state_dict().items()
+    ):
+        changed.append("the weights of the CNN have changed")
+    if checkpoint["data"] != data_fingerprint:
+        changed.append("the captions or their images have changed")
+    if changed:
+        raise ValueError(f"cannot resume {config.out}: {'; '.join(changed)}")
+    return before
+
+
+def best_epoch(history, best_by="loss") -> int:
+    """The index of the best line: lowest validation loss, or highest validation CIDEr-D."""
+    scores = [line["val_cider"] if best_by == "cider" else -line["val_loss"] for line in history]
+    return scores.index(max(scores))
+
+
+def prepare_run_dir(run):
+    """Delete the files of an earlier run if this one is new.
+
+    Raises ValueError if another run has written to the folder since `build_run`.
+    """
+    out, progress = Path(run.config.out), run.progress
+    if rank_and_world_size()[0] > 0:
+        return
+    if run.found != modification_times(out):
+        raise ValueError(
+            f"another run has written to {out} in the meantime; start again, or choose another "
+            "folder with --out"
+        )
+    if not progress.history and not progress.step:
+        delete_run_files(out)
+        run.model.vocab.save(out / "vocabulary.json")
+    write_history(out, progress.history)  # written after last.pt: a kill may have prevented it
+
+
+def save_run(run):
+    """Write last.pt, with everything that resuming needs; after an epoch best.pt if it is the best,
+    and the history.
+
+    In this order, a kill at any moment leaves files from which `--resume` gets the same result.
+    """
+    config, progress, out = run.config, run.progress, Path(run.config.out)
+    rng = gather(get_rng_state(run.model.device))
+    totals = all_reduce_sum(progress.totals)
+    if rank_and_world_size()[0] > 0:
+        return
+    epoch_done, history = progress.step == 0, progress.history
+    content = run.model.checkpoint() | {"train_config": asdict(config), "history": history}
+    if epoch_done and best_epoch(history, config.best_by) == len(history) - 1:
+        save(content, out / "best.pt")
+    content |= {
+        "optimizer": run.optimizer.state_dict(), "rng": rng, "step": progress.step,
+        "totals": totals, "data": data_fingerprint(run), "computed_in": run.precision,
+    }  # fmt: skip
+    save(content, out / "last.pt")
+    run.found = modification_times(out)
+    if epoch_done:
+        write_history(out, history)
+
+
+def restore(run, checkpoint):
+    """Continue from what `save_run` wrote. Raises ValueError if that belongs to another run."""
+    config, progress, model = run.config, run.progress, run.model
+    rank, world_size = rank_and_world_size()
+    try:
+        before = check_same_run(checkpoint, config, data_fingerprint(run), model.encoder.backbone)
+        if before["epochs"] != config.epochs:
+            print0(
+                f"The learning rate schedule now has {config.epochs} epochs instead of "
+                f"{before['epochs']}: the result differs from a run planned with as many."
+            )
+        if checkpoint["computed_in"] != run.precision:
+            print0(f"Continuing in {run.precision}, not in {checkpoint['computed_in']}.")
+        model.load_state_dict(checkpoint["model"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        progress.history, progress.step = checkpoint["history"], checkpoint["step"]
+        if rank == 0:
+            progress.totals += checkpoint["totals"].to(progress.totals)
+        if len(checkpoint["rng"]) == world_size:
+            set_rng_state(checkpoint["rng"][rank], model.device)
+        else:
+            print0("The number of processes has changed: dropout uses new random numbers.")
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{Path(config.out) / 'last.pt'} is not a run that this version can resume "
+            f"({type(error).__name__}: {error}); start again with --overwrite"
+        ) from None
+
+
+def write_history(out, history):
+    if not history:
+        return
+    write_text(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    table = [history[0].keys(), *(line.values() for line in history)]
+    write_text(out / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
+
+
+def write_text(path, text):
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def data_fingerprint(run) -> str:
+    """A hash of the captions that are trained and validated on."""
+    splits = (loader.dataset.data for loader in (run.train_loader, run.val_loader))
+    content = [(data.image_ids, data.captions) for data in splits]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,236 +1,174 @@
-"""COCO captions from disk to batches.
+"""From a COCO captions file to batches.
 
-    data = CaptionData("train2017", "annotations/captions_train2017.json")
-    data.paths[0], data.captions[0]            # an image and its five captions
-    loader = get_loader(data, vocab, transform=eval_transform(224), mode="train", batch_size=64)
-    for images, captions, lengths in loader:   # (B, 3, 224, 224), (B, T), (B,)
-        ...
+data = CocoCaptions("train2017", "annotations/captions_train2017.json")
+loader = train_loader(data, vocab, transform=eval_transform(224), batch_size=64)
+for images, captions, lengths in loader:     # (B, 3, 224, 224), (B, T), (B,)
+    ...
 
-One's own images take the same road: a folder, and a JSON in COCO's captions format.
+With `features` (features.py) the batches contain precomputed features (B, P, C) instead of images.
 """
 
-import contextlib
-import copy
-import io
+import hashlib
 import json
-import os
-from collections import defaultdict
-from operator import itemgetter
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
-from vocabulary import pack, whole_file
+from coco import CocoCaptions
+from files import atomic_write
+from vocabulary import END, PAD, START, TOKENIZER, Vocabulary, tokenize
 
-MODES = ("train", "val", "test")
-
-
-class DataError(ValueError):
-    """Captions that cannot be used; the message says which file, why, and what to do."""
+# ---------------------------------------------------------------------------- tokenized captions
 
 
-# ---------------------------------------------------------------------------- what is on disk
+@dataclass
+class TokenizedCaptions:
+    """The words of many captions in three arrays, which are fast to load and to map to indices."""
+
+    words: list[str]  # the distinct words
+    ids: np.ndarray  # (total number of words,) int32: indices into `words`, caption after caption
+    lengths: np.ndarray  # (captions,) int32, in words
+
+    def counts(self) -> dict[str, int]:
+        """How often each word occurs."""
+        return dict(zip(self.words, np.bincount(self.ids).tolist(), strict=True))
+
+    def encode(self, vocab: Vocabulary):
+        """`vocab.encode` of every caption: (all indices, caption after caption; the lengths).
+
+        The lengths include `<start>` and `<end>`.
+        """
+        lengths = self.lengths.astype(np.int64) + 2
+        ends = np.cumsum(lengths)
+        ids = np.empty(lengths.sum(), np.int32)
+        is_word = np.ones(len(ids), bool)
+        is_word[ends - lengths] = is_word[ends - 1] = False
+        ids[ends - lengths], ids[ends - 1] = START, END
+        ids[is_word] = np.array([vocab(word) for word in self.words], np.int32)[self.ids]
+        return ids, lengths
 
 
-class CaptionData:
-    """The images of one split and all their captions, in the order of their ids.
+def tokenize_all(captions: list[str], cache_dir=None) -> TokenizedCaptions:
+    """Tokenize captions, or load the result from `cache_dir`, where it is kept.
 
-    image_ids: COCO's ids. paths: the files. captions: for each image, the list of its captions.
-    rows: their places, 0..N-1, which `without` keeps: where their features lie.
-    uncaptioned: file names of listed images without any caption, which are left out.
+    The file name contains a hash of the captions and the tokenizer; a damaged file is replaced.
     """
-
-    def __init__(self, image_dir, captions_file):
-        """Read a captions file in COCO's format. Raises DataError for anything wrong with it."""
-        self.image_dir, self.captions_file = Path(image_dir), Path(captions_file)
-        if not self.image_dir.is_dir():
-            raise DataError(f"there is no images folder {image_dir}; check the path")
-        coco = read_captions(captions_file)
-        self.image_ids, self.paths, self.captions, self.uncaptioned = [], [], [], []
-        for image_id in sorted(coco.getImgIds()):
-            name = coco.imgs[image_id]["file_name"]
-            captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
-            if captions:
-                self.image_ids.append(image_id)
-                self.paths.append(inside(self.image_dir, name, captions_file))
-                self.captions.append(captions)
-            else:
-                self.uncaptioned.append(name)
-        if not self.paths:
-            raise DataError(f"{captions_file} has no image with a caption")
-        self.rows = list(range(len(self.paths)))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def without(self, rows) -> "CaptionData":
-        """A copy that leaves out the images whose row is in `rows`."""
-        kept = [place for place, row in enumerate(self.rows) if row not in rows]
-        smaller = copy.copy(self)
-        for name in ("image_ids", "paths", "captions", "rows"):
-            setattr(smaller, name, [getattr(self, name)[place] for place in kept])
-        return smaller
-
-
-def read_captions(captions_file) -> COCO:
-    """A captions file through COCO's own API, without its chatter, and checked."""
-    path = Path(captions_file)
+    if cache_dir is None:
+        return _tokenize_all(captions)
+    digest = hashlib.sha256(json.dumps([TOKENIZER, *captions]).encode())
+    path = Path(cache_dir) / f"captions-{digest.hexdigest()[:16]}.npz"
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"there is no captions file {path}; check the path") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); is it the right file, and whole?") from None
-    problem = check_captions(content)
-    if problem:
-        raise DataError(f"{path}: {problem}")
-    coco = COCO()
-    coco.dataset = {key: content[key] for key in ("images", "annotations")}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+        with np.load(path) as file:  # a zip file, whose checksums detect damage; never a pickle
+            words = file["words"].tobytes().decode()
+            return TokenizedCaptions(
+                words.split("\n") if words else [], file["ids"], file["lengths"]
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        tokenized = _tokenize_all(captions)
+    words = np.frombuffer("\n".join(tokenized.words).encode(), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.savez(file, words=words, ids=tokenized.ids, lengths=tokenized.lengths)
+    return tokenized
 
 
-def check_captions(content) -> str | None:
-    """What is wrong with a captions file's content, as a sentence; None if nothing is."""
-    for key in ("images", "annotations"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            return f"there is no list of {key!r}; a captions file has 'images' and 'annotations'"
-    names = {}
-    for image in content["images"]:
-        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
-            return f"every entry of 'images' needs an id, {short(image)} has none"
-        if not is_text(image.get("file_name")):
-            return f"image {short(image['id'])} has no file_name"
-        if image["id"] in names:
-            return f"image id {short(image['id'])} is listed twice"
-        names[image["id"]] = image["file_name"]
-    if len({type(image_id) for image_id in names}) > 1:
-        return "some image ids are numbers and some are text; make them one kind"
-    wrong = []
-    for place, annotation in enumerate(content["annotations"]):
-        if not isinstance(annotation, dict):
-            wrong.append(f"annotation number {place} is not an object")
-            continue
-        which = f"annotation {short(annotation.setdefault('id', place))}"
-        image_id, caption = annotation.get("image_id"), annotation.get("caption")
-        if not isinstance(annotation["id"], (int, str)):
-            wrong.append(f"annotation number {place} has an id that is neither number nor text")
-        elif caption == "" or (is_text(caption) and not caption.strip()):
-            wrong.append(f"{which} has an empty caption")
-        elif not is_text(caption):
-            wrong.append(f"{which} has no caption text")
-        elif not isinstance(image_id, (int, str)):
-            wrong.append(f"{which} has no image_id")
-        elif image_id not in names:
-            wrong.append(f"{which} is of image {short(image_id)}, which 'images' does not list")
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        return "; ".join(wrong[:3]) + more + "; correct or remove these entries"
-    return None
+def _tokenize_all(captions) -> TokenizedCaptions:
+    index, ids, lengths = {}, [], []
+    for caption in captions:
+        words = tokenize(caption)
+        ids += [index.setdefault(word, len(index)) for word in words]
+        lengths.append(len(words))
+    return TokenizedCaptions(list(index), np.array(ids, np.int32), np.array(lengths, np.int32))
 
 
-def is_text(value) -> bool:
-    """A string that is not empty and can be written into a file, as half an emoji cannot."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and bool(value.encode())
-    return False
-
-
-def short(value) -> str:
-    return str(value)[:60]
-
-
-def inside(folder: Path, name: str, captions_file) -> Path:
-    """`folder / name`, refused if it leads out of the folder by any way, links included."""
-    path = folder / name
-    straight = "/" not in name and "\\" not in name and "\0" not in name and name not in (".", "..")
-    if straight and not path.is_symlink():
-        return path
-    root = os.path.realpath(folder)
-    with contextlib.suppress(ValueError):  # "\0" in a name
-        if "\\" not in name and os.path.realpath(path).startswith(root + os.sep):
-            return path
-    raise DataError(
-        f"{captions_file}: file_name {short(name)!r} leads outside {folder}; correct it"
-    )
-
-
-# ---------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------- datasets
 
 
 class ImageDataset(Dataset):
-    """Every image of `data` once: (images, places in `data`).
+    """Every image of `data` once: (images, rows of `data`).
 
-    With `features`, an array with a row for each of `data.rows`, these stand for the images;
-    otherwise an image is `transform(path)`.
+    features: an array (or `features.FeatureArray`) indexed by `data.indices`, used in place of the
+        images; otherwise an image is `transform(path)`.
     """
 
-    def __init__(self, data: CaptionData, transform=None, features=None):
+    def __init__(self, data: CocoCaptions, transform=None, features=None):
         self.data, self.transform, self.features = data, transform, features
-        self.rows = np.array(data.rows)
+        self.indices = np.array(data.indices)
 
     def __len__(self):
         return len(self.data)
 
-    def __getitems__(self, places):
-        """A whole batch at once: (B, 3, H, W) or (B, feature_size), (B,)."""
-        return self.images(np.asarray(places)), torch.as_tensor(places)
+    def __getitems__(self, rows):
+        """A whole batch at once: (B, 3, H, W) or (B, P, C), and (B,)."""
+        return self.images(np.asarray(rows)), torch.as_tensor(rows)
 
-    def images(self, places):
+    def images(self, rows):
         if self.features is not None:
-            return torch.from_numpy(self.features[self.rows[places]].astype(np.float32))
-        return torch.stack([self.transform(self.data.paths[place]) for place in places])
+            return torch.from_numpy(self.features[self.indices[rows]].astype(np.float32))
+        return torch.stack([self.transform(self.data.paths[row]) for row in rows])
 
 
 class CaptionDataset(ImageDataset):
-    """Every caption of `data` beside its image; all captions lie in one array of integers."""
+    """Every caption of `data` with its image; all captions are kept in one integer array.
 
-    def __init__(self, data: CaptionData, vocab, transform=None, features=None, cache_dir=None):
+    group_images: load the image of several captions of a batch once, see `__getitems__`.
+    """
+
+    def __init__(self, data, vocab, transform=None, features=None, cache_dir=None,
+                 group_images=False):  # fmt: skip
         super().__init__(data, transform, features)
-        packed = pack([caption for captions in data.captions for caption in captions], cache_dir)
-        self.ids, self.lengths = vocab.encode_all(packed)  # <start> and <end> included
+        self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
         self.ends = np.cumsum(self.lengths)
-        counts = [len(captions) for captions in data.captions]
-        self.image = np.repeat(np.arange(len(data)), counts)  # caption -> image
+        self.image = np.repeat(np.arange(len(data)), [len(c) for c in data.captions])
+        self.group_images = group_images
 
     def __len__(self):
         return len(self.lengths)
 
     def __getitems__(self, indices):
-        """A whole batch at once: images, captions (B, T) with 0 as padding, lengths (B,)."""
+        """A whole batch at once: images, captions (B, T) padded with `<pad>`, lengths (B,).
+
+        With `group_images`, also the index (B,) of each caption's image in `images`.
+        """
         indices = np.asarray(indices)
         lengths = self.lengths[indices]
-        captions = np.zeros((len(indices), lengths.max()), dtype=np.int64)
-        real = np.arange(captions.shape[1]) < lengths[:, None]
+        captions = np.full((len(indices), lengths.max()), PAD, dtype=np.int64)
+        is_token = np.arange(captions.shape[1]) < lengths[:, None]
         starts = np.repeat(self.ends[indices] - lengths, lengths)
-        within = np.concatenate([np.arange(length) for length in lengths])
-        captions[real] = self.ids[starts + within]
-        images = self.images(self.image[indices])
-        return images, torch.from_numpy(captions), torch.from_numpy(lengths)
+        offsets = np.concatenate([np.arange(length) for length in lengths])
+        captions[is_token] = self.ids[starts + offsets]
+        captions, lengths = torch.from_numpy(captions), torch.from_numpy(lengths)
+        if not self.group_images:
+            return self.images(self.image[indices]), captions, lengths
+        rows, image_index = np.unique(self.image[indices], return_inverse=True)
+        return self.images(rows), captions, lengths, torch.from_numpy(image_index)
+
+
+# ---------------------------------------------------------------------------- samplers
 
 
 class BucketSampler:
-    """Batches of captions of like length, so that hardly anything is padding.
+    """Batches of captions of similar length, so that there is hardly any padding.
 
-    Every caption comes exactly once per epoch. Which captions share a batch, and the order of the
-    batches, are drawn anew from (seed, epoch) alone: call `set_epoch` before each epoch, with
-    `start` to begin at a later batch. `rank` of `world` processes takes its share of every batch.
+    Every caption is in exactly one batch per epoch. The composition and the order of the batches
+    depend on (seed, epoch) alone: call `set_epoch` before each epoch, with `start` to begin at a
+    later batch. Each of `world_size` ranks gets its part of every batch.
+
+    Raises ValueError if a batch has too few captions for all ranks.
     """
 
-    def __init__(self, lengths, batch_size, seed=0, rank=0, world=1):
+    def __init__(self, lengths, batch_size, seed=0, rank=0, world_size=1):
         self.lengths, self.batch_size, self.seed = np.asarray(lengths), batch_size, seed
-        self.rank, self.world = rank, world
-        if len(self.lengths) // max(len(self), 1) < world:  # of the smallest batch
+        self.rank, self.world_size = rank, world_size
+        smallest = len(self.lengths) // max(len(self), 1)
+        if smallest < world_size:
             raise ValueError(
-                f"{world} processes share every batch, and {len(self.lengths)} captions in "
-                f"batches of at most {batch_size} leave some process nothing: take a larger "
-                "batch_size, or fewer processes"
+                f"{len(self.lengths)} items in batches of at most {batch_size} leave some of "
+                f"{world_size} processes without work: use a larger batch_size or fewer processes"
             )
         self.set_epoch(0)
 
@@ -244,113 +182,96 @@ class BucketSampler:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         order = order[np.argsort(self.lengths[order], kind="stable")]
-        batches = np.array_split(order, len(self))  # of equal size, but for one caption
+        batches = np.array_split(order, len(self))  # their sizes differ by at most one
         for batch in rng.permutation(len(batches))[self.start :]:
-            yield batches[batch][self.rank :: self.world]
+            yield batches[batch][self.rank :: self.world_size]
 
 
-def get_loader(data, vocab=None, transform=None, features=None, mode="train", batch_size=64,
-               seed=0, num_workers=0, rank=0, world=1, cache_dir=None):  # fmt: skip
-    """A DataLoader over a split.
+class ImageGroupedSampler(BucketSampler):
+    """Batches of `batch_size` images with all their captions, of similar longest caption.
 
-    mode "train": (images, captions, lengths), every caption once, reshuffled each epoch; call
-        `loader.batch_sampler.set_epoch(epoch)` before each.
-    mode "val": the same triples in a fixed order, batched by length all the same.
-    mode "test": (images, places): every image once, in order, for captioning;
-        `data.captions[place]` are its references.
+    What depends on the image alone, such as the CNN's forward pass, is then computed once for all
+    of its captions.
+    """
 
-    `features` (see `ImageDataset`) take the place of the images: (B, feature_size). Of `world`
-    processes, the one with number `rank` gets its share: of each batch in training, of the batches
-    in validation, every world-th image in test. `cache_dir` keeps the tokenised captions.
+    def __init__(self, lengths, image, batch_size, seed=0, rank=0, world_size=1):
+        """lengths, image: the length and the image of each caption, image by image."""
+        self.starts = np.flatnonzero(np.diff(image, prepend=-1))
+        self.stops = np.append(self.starts[1:], len(image))
+        longest = np.maximum.reduceat(lengths, self.starts)
+        super().__init__(longest, batch_size, seed, rank, world_size)
+
+    def __iter__(self):
+        for images in super().__iter__():
+            spans = zip(self.starts[images], self.stops[images], strict=True)
+            yield np.concatenate([np.arange(start, stop) for start, stop in spans])
+
+
+# ---------------------------------------------------------------------------- loaders
+
+
+def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, seed=0,
+                 num_workers=0, rank=0, world_size=1, cache_dir=None,
+                 group_images=False):  # fmt: skip
+    """(images, captions, lengths): every caption once, reshuffled in each epoch.
+
+    Call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Each rank gets its part of every
+    batch of `batch_size` captions, or, with `group_images`, of images (and an index, see
+    `CaptionDataset`). `cache_dir` keeps the tokenized captions.
+    """
+    dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images)
+    if group_images:
+        batches = ImageGroupedSampler(
+            dataset.lengths, dataset.image, batch_size, seed, rank, world_size
+        )
+    else:
+        batches = BucketSampler(dataset.lengths, batch_size, seed, rank, world_size)
+    return _loader(dataset, batches, num_workers, seed)
+
+
+def val_loader(data, vocab, *, transform=None, features=None, batch_size=64, num_workers=0,
+               rank=0, world_size=1, cache_dir=None):  # fmt: skip
+    """(images, captions, lengths): every caption once, in a fixed order of similar lengths.
+
+    Each rank gets every `world_size`-th batch.
+    """
+    dataset = CaptionDataset(data, vocab, transform, features, cache_dir)
+    order = np.argsort(dataset.lengths, kind="stable")
+    batches = np.split(order, range(batch_size, len(order), batch_size))[rank::world_size]
+    return _loader(dataset, batches, num_workers)
+
+
+def image_loader(data, *, transform=None, features=None, batch_size=64, num_workers=0, rank=0,
+                 world_size=1):  # fmt: skip
+    """(images, rows): every image once, in order; `data.captions[row]` are its references.
+
+    Each rank gets every `world_size`-th image.
+    """
+    dataset = ImageDataset(data, transform, features)
+    rows = range(rank, len(dataset), world_size)
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return _loader(dataset, batches, num_workers)
+
+
+def get_loader(data, vocab=None, mode="train", **options):
+    """`train_loader`, `val_loader` or `image_loader` ("test"), selected by `mode`.
+
     Raises ValueError for an unknown mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
     if mode == "test":
-        dataset = ImageDataset(data, transform, features)
-        mine = range(rank, len(dataset), world)
-        batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    else:
-        dataset = CaptionDataset(data, vocab, transform, features, cache_dir)
-        if mode == "train":
-            batches = BucketSampler(dataset.lengths, batch_size, seed, rank, world)
-        else:
-            order = np.argsort(dataset.lengths, kind="stable")
-            batches = np.split(order, range(batch_size, len(order), batch_size))[rank::world]
+        return image_loader(data, **options)
+    if mode not in ("train", "val"):
+        raise ValueError(f"unknown mode {mode!r}; choose from train, val, test")
+    return (train_loader if mode == "train" else val_loader)(data, vocab, **options)
+
+
+def _loader(dataset, batches, num_workers, seed=0):
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=as_it_is,
+        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=identity_collate,
         pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
 
-def as_it_is(batch):
-    """The dataset makes whole batches; and a lambda could not be sent to a worker on Windows."""
+def identity_collate(batch):
+    """For datasets that return whole batches; unlike a lambda, it can be pickled for workers."""
     return batch
-
-
-# ---------------------------------------------------------------------------- splits
-
-
-def karpathy_splits(karpathy_file, out_dir) -> dict[str, Path]:
-    """Write the split of Karpathy & Fei-Fei (2015) as three captions files in COCO's format.
-
-    Reads their `dataset_coco.json` (or `dataset_flickr8k.json`, ..). "restval" counts as training,
-    as is usual. Images are named as they lie below one folder, e.g. "val2014/COCO_val.. .jpg".
-    """
-    try:
-        images = json.loads(Path(karpathy_file).read_text(encoding="utf-8"))["images"]
-        splits = defaultdict(lambda: {"images": [], "annotations": []})
-        for number, image in enumerate(images):
-            split = splits[{"restval": "train"}.get(image["split"], image["split"])]
-            image_id = image.get("cocoid", image.get("imgid", number))
-            name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            split["images"].append({"id": image_id, "file_name": name})
-            split["annotations"] += [
-                {"id": sentence["sentid"], "image_id": image_id, "caption": sentence["raw"].strip()}
-                for sentence in image["sentences"]
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{karpathy_file} is not a Karpathy split file ({type(error).__name__}: {error})"
-        ) from None
-    return write_splits(splits, out_dir, f"split by {Path(karpathy_file).name}")
-
-
-def random_splits(captions_file, out_dir, shares, seed=0) -> dict[str, Path]:
-    """Share out the images of one captions file, e.g. {"train": 0.8, "val": 0.1, "test": 0.1}.
-
-    An image and all its captions land in one split, the same one every time, even if its file is
-    listed as several images.
-    """
-    content = read_captions(captions_file).dataset
-    first = {}  # file -> the first of its ids
-    for image in sorted(content["images"], key=itemgetter("id")):
-        first.setdefault(image["file_name"], image["id"])
-    ids = np.array(sorted(first.values()))
-    ids = ids[np.random.default_rng(seed).permutation(len(ids))].tolist()
-    stops = np.cumsum(list(shares.values())) * len(ids)
-    stops = [0, *(round(stop) for stop in stops)]
-    if 0 in np.diff(stops):
-        raise DataError(f"{captions_file} lists too few images ({len(ids)}) for {shares}")
-    chosen = {}
-    for name, start, stop in zip(shares, stops, stops[1:], strict=False):
-        chosen |= dict.fromkeys(ids[start:stop], name)
-    splits = {name: {"images": [], "annotations": []} for name in shares}
-    for image in content["images"]:
-        chosen[image["id"]] = chosen[first[image["file_name"]]]
-        splits[chosen[image["id"]]]["images"].append(image)
-    for annotation in content["annotations"]:
-        splits[chosen[annotation["image_id"]]]["annotations"].append(annotation)
-    return write_splits(splits, out_dir, f"drawn from {Path(captions_file).name}, seed {seed}")
-
-
-def write_splits(splits, out_dir, description) -> dict[str, Path]:
-    """Write captions_{split}.json files; each appears whole or not at all."""
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name, split in splits.items():
-        files[name] = Path(out_dir) / f"captions_{name}.json"
-        content = {"info": {"description": description}, "licenses": [], **split}
-        with whole_file(files[name]) as file:
-            file.write(json.dumps(content).encode())
-    return files

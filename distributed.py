@@ -1,8 +1,10 @@
-"""One process or many, on whatever device: the same calls work with and without torchrun.
+"""One process or many, the device, and the precision: the same calls with and without torchrun.
 
-with process_group(device):          # does nothing unless torchrun started this process
-    rank, world = rank_and_world()   # 0, 1 without it
-    total = all_sum(total)           # the sum over all processes, for each of them
+with process_group(device):                # no effect unless torchrun started this process
+    rank, world_size = rank_and_world_size()    # 0, 1 without torchrun
+    total = all_reduce_sum(total)
+with autocast(device, "auto"):             # bfloat16 where the hardware accelerates it
+    ...
 """
 
 import contextlib
@@ -15,11 +17,15 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for another ends with an error
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+# ---------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
 def process_group(device):
-    """Join the other processes that torchrun started, and leave them in the end."""
+    """Initialize the process group if torchrun started this process, and destroy it at the end."""
     if "RANK" not in os.environ or not dist.is_torchelastic_launched():
         yield
         return
@@ -31,78 +37,74 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def barrier():
-    """Wait for all processes."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
-def all_sum(tensor):
-    """The sum of a tensor over all processes."""
+def all_reduce_sum(tensor):
+    """The sum of a tensor over all ranks, as a new tensor."""
     if dist.is_initialized():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
 
 
-def same_buffers(module):
-    """Give every process the first one's buffers, such as BatchNorm's running statistics."""
+def broadcast_buffers(module):
+    """Copy rank 0's buffers, such as BatchNorm's running statistics, to all ranks."""
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
-def gather(thing) -> list:
-    """Every process's `thing`, in the order of their numbers, for each of them."""
-    rank, world = rank_and_world()
-    things = [thing] * world
-    if world > 1:
-        dist.all_gather_object(things, thing)
-    return things
+def gather(item) -> list:
+    """The `item` of every rank, in rank order, on all ranks."""
+    _, world_size = rank_and_world_size()
+    items = [item] * world_size
+    if world_size > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
-def interleave(shares) -> list:
-    """Put together what was dealt out by `[rank::world]`."""
-    whole = [None] * sum(map(len, shares))
-    for rank, share in enumerate(shares):
-        whole[rank :: len(shares)] = share
+def interleave(parts) -> list:
+    """The inverse of slicing a list with `[rank::world_size]` for each rank."""
+    whole = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
     return whole
 
 
-def parallel(module):
-    """The module with its gradients averaged over all processes; as it is if there is only one."""
+def wrap_ddp(module):
+    """The module in DistributedDataParallel, or unchanged if there is a single process."""
     if not dist.is_initialized():
         return module
     return torch.nn.parallel.DistributedDataParallel(module)
 
 
-def say(text):
-    """Print, once."""
-    if rank_and_world()[0] == 0:
+def print0(text):
+    """Print on rank 0."""
+    if rank_and_world_size()[0] == 0:
         print(text, flush=True)
 
 
-def is_watched() -> bool:
-    """Does this process print to a terminal or into a notebook, where progress bars are welcome?
-
-    Into a file they would only be noise, and so would those of several processes.
-    """
-    return rank_and_world()[0] == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+def show_progress() -> bool:
+    """Whether to show progress bars: on rank 0, in a terminal or a notebook, not in a log file."""
+    return rank_and_world_size()[0] == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
 
 
-# ---------------------------------------------------------------------------- devices
+# ---------------------------------------------------------------------------- device
 
 
 def pick_device(name) -> torch.device:
-    """The device of that name; "auto": a GPU (CUDA, then Apple's), or else the CPU.
+    """The device called `name`; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Under torchrun "auto" and "cuda" are this process's own GPU. Raises ValueError if there is none
-    of that name, or none for this process.
+    Under torchrun "auto" and "cuda" select the GPU of the local rank. Raises ValueError if the
+    device is not available.
     """
     if name == "auto" or (name == "cuda" and "LOCAL_RANK" in os.environ):
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -115,42 +117,63 @@ def pick_device(name) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason})") from None
+        raise ValueError(f"device {name!r} is not available ({reason})") from None
 
 
-def exact(tensor):
-    """In float64, so that long sums lose nothing; on the CPU if the device (MPS) has none."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
-
-
-def only_deterministic_operations():
-    """From here on PyTorch takes no shortcut whose result depends on the order of its threads.
-
-    On a CPU a run is the same every time without it.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+def use_deterministic_algorithms():
+    """Make CUDA kernels deterministic; on a CPU runs are reproducible without it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
     torch.use_deterministic_algorithms(True)
 
 
-def fast_precision(device):
-    """bfloat16 autocast where the hardware multiplies it faster than float32, else no change."""
+# ---------------------------------------------------------------------------- precision
+
+
+def autocast(device, precision="auto"):
+    """torch.autocast in the precision that the policy selects; no effect for float32."""
+    enabled = resolve_precision(device, precision) == "bfloat16"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
+def resolve_precision(device, precision="auto") -> str:
+    """The one precision policy: "float32" or "bfloat16" for a device and a setting.
+
+    "auto" selects bfloat16 autocast where the hardware multiplies bfloat16 faster than float32 and
+    PyTorch's LSTM supports it. Feature extraction, training, validation and captioning all use it.
+    Raises ValueError for an unknown setting, or for bfloat16 on a device without support.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+    device = torch.device(device)
+    if precision == "bfloat16" and not _lstm_supports_bfloat16(device.type):
+        raise ValueError(
+            f"PyTorch's LSTM does not support bfloat16 on this {device.type} device; "
+            "use --precision float32 (or auto)"
+        )
+    if precision != "auto":
+        return precision
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        fast = (has.get("avx512_bf16") or has.get("amx_bf16")) and lstm_runs_in_bfloat16()
+        supports = torch.cpu.get_capabilities()
+        fast = bool(supports.get("avx512_bf16") or supports.get("amx_bf16"))
     else:
         fast = False
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+    return "bfloat16" if fast and _lstm_supports_bfloat16(device.type) else "float32"
 
 
 @functools.cache
-def lstm_runs_in_bfloat16() -> bool:
-    """Tried on a tiny one: on some CPUs PyTorch has products in bfloat16, but no LSTM."""
-    inputs = torch.zeros(1, 1, 8, requires_grad=True)
+def _lstm_supports_bfloat16(device_type) -> bool:
+    """Tested with a tiny LSTM: some CPUs have bfloat16 matrix products but no bfloat16 LSTM."""
     try:
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", torch.bfloat16):
-            torch.nn.LSTM(8, 8)(inputs)[0].sum().backward()
+        with torch.random.fork_rng(), torch.autocast(device_type, torch.bfloat16):
+            inputs = torch.zeros(1, 1, 8, device=device_type, requires_grad=True)
+            torch.nn.LSTM(8, 8, device=device_type)(inputs)[0].sum().backward()
     except RuntimeError:
         return False
     return True
+
+
+def to_float64(tensor):
+    """In float64, so that long sums are accurate; on the CPU if the device (MPS) has no float64."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()

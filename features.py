@@ -1,13 +1,12 @@
-"""What a frozen CNN sees never changes: compute it once per image, keep it, reuse it.
+"""The features of a frozen CNN, computed once per image and kept on disk.
 
-    features = encode_images(model.encoder, data.paths, model.transform, "runs/cache")
-    features.rows[7]     # float16, the pooled CNN features of data.paths[7]
-    features.bad         # {row: reason} for the images that could not be read
+    extracted = extract_features(model.encoder, data.paths, model.transform, "runs/cache")
+    extracted.features[[7, 3]]     # (2, P, C) float16, of data.paths[7] and data.paths[3]
+    extracted.bad                  # {index: reason} for images that could not be read
 
-The file's name is a fingerprint of the encoder (its class, settings and weights), of what the
-transform makes of an image, and of the images (name, size, time of change), so that features of
-anything else are not taken for these. Half precision halves the disk and the memory: ResNet50
-features of COCO's 123,287 images take 505 MB, and are memory-mapped.
+The name of their folder is a fingerprint of the encoder (class, settings, precision, weights), of
+what the transform returns for an image, and of the images (name, size, modification time). Pooled
+ResNet50 features of COCO's 123,287 images take 505 MB in half precision; they are memory-mapped.
 """
 
 import contextlib
@@ -15,8 +14,7 @@ import copy
 import ctypes
 import hashlib
 import json
-import math
-import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,208 +22,203 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import one_after_the_other, write_atomically
-from data_loader import as_it_is
-from distributed import barrier, fast_precision, is_watched, rank_and_world, say
-from model import BadImageError
+from backbones import fold_batch_norm
+from data_loader import identity_collate
+from distributed import (
+    autocast,
+    barrier,
+    rank_and_world_size,
+    resolve_precision,
+    show_progress,
+)
+from files import atomic_write, file_lock
+from images import BadImageError
 
-FORMAT = "3"  # raise it when what the files hold, or how images are opened, changes
-TODO, DONE, BAD = 0, 1, 2  # the state of a row
-SAVE_EVERY = 2048  # images between two writes: what an interruption can cost
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in malloc.h
+FORMAT = "4"  # to be increased when the content of the files, or how images are opened, changes
+SHARD_SIZE = 512  # images per file: what an interruption can cost
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+
+
+class FeatureArray:
+    """The features of all images, memory-mapped from one file per SHARD_SIZE images."""
+
+    def __init__(self, files):
+        self.shards = [np.load(file, mmap_mode="r") for file in files]
+        self.shape = (sum(map(len, self.shards)), *self.shards[0].shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, indices):
+        """indices: an array (B,) of integers, or a slice -> (B, P, C) float16."""
+        if isinstance(indices, slice):
+            indices = range(len(self))[indices]
+        return np.stack([self.shards[i // SHARD_SIZE][i % SHARD_SIZE] for i in indices])
 
 
 @dataclass
 class Features:
-    rows: np.ndarray  # (images, feature_size) float16, memory-mapped; zeros for a bad image
-    bad: dict[int, str]  # row -> why it could not be read
+    features: FeatureArray  # zeros for an image that could not be read
+    bad: dict[int, str]  # index -> reason
 
 
-def encode_images(encoder, paths, transform, cache_dir, batch_size=None, workers=0,
-                  skip_bad=False) -> Features:  # fmt: skip
-    """`encoder.pool` of every image, from `cache_dir` if it is there, else computed and kept.
+def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_workers=0,
+                     skip_bad=False) -> Features:  # fmt: skip
+    """`encoder.forward_features` of every image, loaded from `cache_dir` where already computed.
 
-    Runs on the encoder's device. Interrupted, it goes on where it stopped; of several processes
-    (torchrun) each encodes its share into the same files. An image that cannot be read does not
-    stop the others; in the end all such are named by a BadImageError or, with `skip_bad`, listed in
-    `bad` for the caller to judge. Without a `batch_size` it is the one that suits the device.
-    Raises OSError if the files cannot be written, or if other processes' features are not in them.
+    Runs on the encoder's device, in its precision. When interrupted, the next call continues; with
+    torchrun, each rank computes its share of the files. Images that cannot be read do not stop
+    the others; at the end, all of them are named in a BadImageError or, with `skip_bad`, listed in
+    `bad`. Raises OSError if the files cannot be written, or files of other ranks are missing.
     """
     paths = [Path(path) for path in paths]
-    name = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
-    name.parent.mkdir(parents=True, exist_ok=True)
-    rank, world = rank_and_world()
-    lock = name.with_name(f".{name.name}.lock")
-    with one_after_the_other(lock) if rank == 0 else contextlib.nullcontext():
-        fill(name, encoder, paths, transform, batch_size, workers, rank, world)
-    state = np.load(f"{name}.state.npy")
-    again = Readable(paths, transform)
-    bad = {
-        int(row): again[row][1] or f"{paths[row]}: it could not be read at first; start again"
-        for row in np.flatnonzero(state == BAD)
-    }
+    folder = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
+    rank, world_size = rank_and_world_size()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = file_lock(folder / ".lock") if rank == 0 else contextlib.nullcontext()
+    starts = range(0, len(paths), SHARD_SIZE)
+    with lock:
+        if rank == 0:
+            forget_recovered_images(folder, paths, transform)
+        barrier()
+        missing = [start for start in starts if not is_complete(folder, start, len(paths))]
+        barrier()  # no rank writes before all ranks know what is missing
+        if missing:
+            with reuse_freed_memory():
+                compute_shards(encoder, paths, transform, folder, missing[rank::world_size],
+                               batch_size, num_workers)  # fmt: skip
+        barrier()  # no rank reads before all ranks have written
+    for start in starts:
+        if not is_complete(folder, start, len(paths)):
+            raise OSError(
+                f"{shard_file(folder, start)} is missing though all images were processed: do the "
+                "processes share that folder? Start again, or choose another --cache-dir"
+            )
+    bad = {int(i): why for file in sorted(folder.glob("*.bad.json"))
+           for i, why in json.loads(file.read_text()).items()}  # fmt: skip
     if bad and not skip_bad:
         raise BadImageError(describe_bad(bad.values()))
-    return Features(np.load(f"{name}.npy", mmap_mode="r"), bad)
-
-
-def fill(name, encoder, paths, transform, batch_size, workers, rank, world):
-    """See to it that the files hold all features; each of `world` processes adds its share."""
-    if rank == 0:
-        if not (is_intact(name) or is_begun(name, len(paths))):
-            create(name, (len(paths), encoder.feature_size))
-        forget_bad(name)
-    barrier()  # nobody writes before the files are there
-    todo = np.array_split(np.flatnonzero(np.load(f"{name}.state.npy") == TODO), world)[rank]
-    barrier()  # nobody writes before all know their share
-    if len(todo):
-        with keep_freed_memory():
-            encode_rows(encoder, paths, transform, todo, name, batch_size, workers)
-    barrier()  # nobody reads before all have written
-    state = np.load(f"{name}.state.npy")
-    if (state == TODO).any():
-        raise OSError(
-            f"{(state == TODO).sum()} features are missing from {name}.npy, though all images were "
-            "encoded: do the processes share that folder? Start again, or name another --cache"
-        )
-    if rank == 0 and not Path(f"{name}.json").exists():
-        write_atomically(json.dumps({"sha256": checksum(name)}), Path(f"{name}.json"))
-    barrier()
+    return Features(FeatureArray([shard_file(folder, start) for start in starts]), bad)
 
 
 @torch.inference_mode()
-def encode_rows(encoder, paths, transform, todo, name, batch_size, workers):
-    """Fill the files' rows for the images in `todo`."""
-    device, encoder = encoder.linear.weight.device, without_batch_norm(encoder)
-    batch_size = batch_size or suitable_batch(device)
-    images = Readable([paths[row] for row in todo], transform)
-    loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=as_it_is)
-    bar = tqdm(total=len(paths), initial=len(paths) - len(todo), desc="encoding images",
-               unit="img", mininterval=1, leave=False, file=sys.stdout,
-               disable=not is_watched())  # fmt: skip
-    states, pooled, saved = [], [], 0  # of the images since the last save
-    for batch in loader:
-        states += [BAD if image is None else DONE for image, _ in batch]
-        readable = [image for image, _ in batch if image is not None]
-        if readable:
-            stack = torch.stack(readable)
-            stack = stack.to(device, memory_format=torch.channels_last, non_blocking=True)
-            with fast_precision(device):
-                pooled += list(encoder.pool(stack).half().cpu().numpy())
-        bar.update(len(batch))
-        if len(states) >= SAVE_EVERY or saved + len(states) == len(todo):
-            rows, states = todo[saved : saved + len(states)], np.array(states, np.uint8)
-            # First the features, then the claim that they are there.
-            write_rows(f"{name}.npy", rows[states == DONE], pooled)
-            write_rows(f"{name}.state.npy", rows, states)
-            states, pooled, saved = [], [], saved + len(rows)
+def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_workers):
+    """Write the files that begin at the images `starts`."""
+    device, encoder = encoder.linear.weight.device, optimized_for_inference(encoder)
+    batch_size = batch_size or default_batch_size(device)
+    zeros = np.zeros_like(
+        forward_batch(encoder, [transform(Image.new("RGB", (64, 64)))], device)[0]
+    )
+    bar = tqdm(total=len(paths), initial=len(paths) - len(starts) * SHARD_SIZE, unit="img",
+               desc="extracting features", mininterval=1, leave=False, file=sys.stdout,
+               disable=not show_progress())  # fmt: skip
+    for start in starts:
+        images = ReadableImages(paths[start : start + SHARD_SIZE], transform)
+        loader = DataLoader(images, batch_size, num_workers=num_workers,
+                            collate_fn=identity_collate)  # fmt: skip
+        features, bad = [], {}
+        for batch in loader:
+            good = [image for image, _ in batch if image is not None]
+            computed = iter(forward_batch(encoder, good, device))
+            for image, reason in batch:
+                if image is None:
+                    bad[start + len(features)] = reason
+                features.append(zeros if image is None else next(computed))
+            bar.update(len(batch))
+        write_shard(folder, start, np.stack(features), bad)
     bar.close()
 
 
-def write_rows(file, rows, values):
-    """Write `values[i]` as row `rows[i]` of an .npy file, to the disk, and nothing beside it.
-
-    A memory map would write whole pages, and over a network undo the neighbours' work in them.
-    """
-    start = np.load(file, mmap_mode="r").offset
-    with open(file, "r+b") as opened:
-        for row, value in zip(rows, values, strict=True):
-            opened.seek(start + row * value.nbytes)
-            opened.write(value.tobytes())
-        opened.flush()
-        os.fsync(opened.fileno())
+def forward_batch(encoder, images, device):
+    """A list of images (3, H, W) -> their features (P, C), float16."""
+    if not images:
+        return []
+    batch = torch.stack(images)
+    batch = batch.to(device, memory_format=torch.channels_last, non_blocking=True)
+    with autocast(device, encoder.precision):
+        return encoder.forward_features(batch).half().cpu().numpy()
 
 
-def without_batch_norm(encoder):
-    """A copy in eval mode that computes the same a little faster.
+def optimized_for_inference(encoder):
+    """A copy in eval mode that computes the same function faster.
 
-    A frozen BatchNorm is a multiplication and an addition, which are folded into the weights of
-    the convolution before it. torchvision's quantized networks come folded: they stay as they are.
+    torchvision's quantized networks have no BatchNorm left to fold, and remain as they are.
     """
     if encoder.quantized:
         return encoder
     encoder = copy.deepcopy(encoder).eval()
-    encoder.backbone = fuse(encoder.backbone, inplace=True)
-    return encoder.to(memory_format=torch.channels_last)
+    encoder.backbone = fold_batch_norm(encoder.backbone)
+    return encoder
 
 
-# ---------------------------------------------------------------------------- the files
+def default_batch_size(device) -> int:
+    """Images per forward pass."""
+    return 8 if device.type == "cpu" else 64
 
 
-def create(name, shape):
-    """Files of zeros for features and their states, with their room on the disk reserved."""
-    for old in (".json", ".state.npy", ".npy"):
-        Path(f"{name}{old}").unlink(missing_ok=True)
-    try:
-        for part, kind, size in ((".npy", np.float16, shape), (".state.npy", np.uint8, shape[:1])):
-            np.lib.format.open_memmap(f"{name}{part}", "w+", kind, size)
-            if hasattr(os, "posix_fallocate"):  # else a disk that fills up later kills the process
-                with open(f"{name}{part}", "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
-    except OSError as error:
-        for part in (".npy", ".state.npy"):
-            Path(f"{name}{part}").unlink(missing_ok=True)
-        megabytes = math.prod(shape) * 2 / 1e6
+# ---------------------------------------------------------------------------- files
+
+
+def shard_file(folder, start) -> Path:
+    return folder / f"{start:08d}.npy"
+
+
+def write_shard(folder, start, features, bad):
+    """Write the features and the bad images of one shard; the list of bad images comes first, so
+    that a file of features is never there without it.
+    """
+    need, free = features.nbytes, shutil.disk_usage(folder).free
+    if need > free:
         raise OSError(
-            f"cannot reserve {megabytes:.0f} MB for features in {name.parent} ({error.strerror}); "
-            "free some space, or name another folder with --cache"
-        ) from None
+            f"cannot write {need / 1e6:.0f} MB of features to {folder}: only {free / 1e6:.0f} MB "
+            "are free; free some space, or choose another --cache-dir"
+        )
+    if bad:
+        with atomic_write(bad_file(folder, start)) as file:
+            file.write(json.dumps(bad).encode())
+    with atomic_write(shard_file(folder, start)) as file:
+        np.save(file, features)
 
 
-def forget_bad(name):
-    """Look at unreadable images again: a disk or a network may be well by now."""
-    state = np.load(f"{name}.state.npy", mmap_mode="r+")
-    if (state == BAD).any():
-        Path(f"{name}.json").unlink(missing_ok=True)
-        state[state == BAD] = TODO
-        state.flush()
+def bad_file(folder, start) -> Path:
+    return folder / f"{start:08d}.bad.json"
 
 
-def is_begun(name, images) -> bool:
-    """Are there unfinished files to go on with?"""
+def is_complete(folder, start, images) -> bool:
+    """Whether the file of features that begins at image `start` can be read."""
     try:
-        sizes = {len(np.load(f"{name}{part}", mmap_mode="r")) for part in (".npy", ".state.npy")}
-        return sizes == {images} and not Path(f"{name}.json").exists()
+        features = np.load(shard_file(folder, start), mmap_mode="r")
+        return len(features) == min(SHARD_SIZE, images - start)
     except (OSError, ValueError, EOFError):
         return False
 
 
-def is_intact(name) -> bool:
-    """Are the features complete, and the bytes those that were written?"""
-    try:
-        intact = json.loads(Path(f"{name}.json").read_text())["sha256"] == checksum(name)
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        print(f"{name}.npy is damaged and is computed anew")
-    return intact
-
-
-def checksum(name) -> str:
-    digest = hashlib.sha256()
-    for part in (".npy", ".state.npy"):
-        with open(f"{name}{part}", "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+def forget_recovered_images(folder, paths, transform):
+    """Delete files with an image that could not be read then and can be read now."""
+    for file in folder.glob("*.bad.json"):
+        try:
+            bad = [int(index) for index in json.loads(file.read_text())]
+            still_bad = all(ReadableImages(paths, transform)[index][1] for index in bad)
+        except ValueError:
+            still_bad = False
+        if not still_bad:
+            (folder / file.name.replace(".bad.json", ".npy")).unlink(missing_ok=True)
+            file.unlink()
 
 
 def fingerprint(encoder, paths, transform) -> str:
-    """A short name for (encoder, transform, images): other input, other name."""
-    device, kind = encoder.linear.weight.device, type(encoder).__qualname__
-    with fast_precision(device):
-        fast = torch.is_autocast_enabled(device.type)
-    facts = FORMAT, kind, encoder.feature_size, encoder.mirror, fast, transform
+    """A hash of encoder, transform and images."""
+    precision = resolve_precision(encoder.linear.weight.device, encoder.precision)
+    facts = (FORMAT, SHARD_SIZE, type(encoder).__qualname__, encoder.feature_size, encoder.flip,
+             encoder.pooled, precision, transform)  # fmt: skip
     digest = hashlib.sha256(repr(facts).encode())
-    pixels = np.arange(240 * 320 * 3, dtype=np.uint32) % 251  # some image, always the same
-    some_image = Image.fromarray(pixels.astype(np.uint8).reshape(240, 320, 3))
-    digest.update(transform(some_image).numpy().tobytes())
+    pixels = np.arange(240 * 320 * 3, dtype=np.uint32) % 251  # an arbitrary but fixed image
+    image = Image.fromarray(pixels.astype(np.uint8).reshape(240, 320, 3))
+    digest.update(transform(image).numpy().tobytes())
     for name, tensor in encoder.backbone.state_dict().items():
         digest.update(name.encode())
         tensor = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
@@ -243,7 +236,7 @@ def fingerprint(encoder, paths, transform) -> str:
 # ---------------------------------------------------------------------------- images
 
 
-class Readable(Dataset):
+class ReadableImages(Dataset):
     """(image, None) for an image that can be read, (None, reason) for one that cannot."""
 
     def __init__(self, paths, transform):
@@ -252,67 +245,44 @@ class Readable(Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, row):
+    def __getitem__(self, index):
         try:
-            return self.transform(self.paths[row]), None
-        except ValueError as error:  # model.BadImageError
+            return self.transform(self.paths[index]), None
+        except ValueError as error:  # images.BadImageError
             return None, str(error)
 
 
-def find_bad_images(paths, transform, workers=0) -> dict[int, str]:
-    """{row: reason} for the images that cannot be read: looks at each one of them."""
-    looked = DataLoader(Readable(paths, transform), None, num_workers=workers)
-    bar = tqdm(looked, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout,
-               disable=not is_watched())  # fmt: skip
-    return {row: why for row, (_, why) in enumerate(bar) if why}
+def find_bad_images(paths, transform, num_workers=0) -> dict[int, str]:
+    """{index: reason} for the images that cannot be read; opens every image."""
+    loader = DataLoader(ReadableImages(paths, transform), None, num_workers=num_workers)
+    bar = tqdm(loader, "checking images", unit="img", mininterval=1, leave=False, file=sys.stdout,
+               disable=not show_progress())  # fmt: skip
+    return {index: reason for index, (_, reason) in enumerate(bar) if reason}
 
 
 def describe_bad(reasons) -> str:
     return f"{len(reasons)} images cannot be read:\n  " + "\n  ".join(reasons)
 
 
-def leave_out(splits, bad, skip):
-    """Name what cannot be used. Unreadable images stop the run, unless they may be left out."""
-    for split in splits:
-        if split.uncaptioned:
-            count = len(split.uncaptioned)
-            say(f"{split.captions_file}: {count} images have no caption and are left out")
-    reasons = [why for rows in bad for why in rows.values()]
-    if not reasons:
-        return
-    found = describe_bad(reasons)
-    if not skip:
-        raise BadImageError(f"{found}\nreplace them, or leave them out with --skip-bad-images")
-    say(f"{found}\nThey are left out, with their captions.")
-    for split, rows in zip(splits, bad, strict=True):
-        if len(rows) == len(split):
-            raise BadImageError(f"no image of {split.captions_file} can be read")
-
-
-def suitable_batch(device) -> int:
-    """Images per forward pass."""
-    return 8 if device.type == "cpu" else 64
-
-
 @contextlib.contextmanager
-def keep_freed_memory():
-    """Within it this process keeps up to a gigabyte that tensors free, for the next ones.
+def reuse_freed_memory():
+    """Keep up to a gigabyte of freed memory in this process, instead of returning it to Linux.
 
-    Linux' malloc gives large blocks back to the system, which fills them with zeros when the next
-    layer asks for them: about a tenth of a CNN's time on a CPU. The numbers are those of
-    mallopt(3); afterwards they are the largest that malloc would come to by itself. With another
-    C library this does nothing.
+    glibc returns large freed blocks to the system, which clears them when the next layer asks for
+    memory: about a tenth of a CNN's time on a CPU. The numbers are parameters of mallopt(3);
+    afterwards they are the largest that malloc would choose by itself. No effect with another C
+    library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         yield
         return
-    usual = ((M_TRIM_THRESHOLD, 2**26), (M_MMAP_THRESHOLD, 2**25))
-    for parameter, size in (*usual, (M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**30)):
-        mallopt(parameter, size)  # where the last is refused, the usual one holds
+    default = ((M_TRIM_THRESHOLD, 2**26), (M_MMAP_THRESHOLD, 2**25))
+    for parameter, size in (*default, (M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**30)):
+        mallopt(parameter, size)  # where the last one is refused, the default holds
     try:
         yield
     finally:
-        for parameter, size in usual:
+        for parameter, size in default:
             mallopt(parameter, size)

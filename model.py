@@ -1,144 +1,101 @@
-"""A CNN that looks and an LSTM that tells: the whole model, in one file.
+"""CNN encoder and LSTM decoder for image captioning.
 
-    model = CaptionModel.from_checkpoint("runs/sample/best.pt")
+    model = CaptionModel.from_checkpoint("runs/synthetic/best.pt")
     model.caption("photo.jpg")                    # ["a dog runs across the grass"]
 
-    encoder = EncoderCNN(embed_size=256)          # ResNet50, frozen, + a trainable linear layer
+    encoder = EncoderCNN(embed_size=256)          # ResNet50, frozen, and a trainable linear layer
     decoder = DecoderRNN(embed_size=256, hidden_size=512, vocab_size=len(vocab))
     logits = decoder(encoder(images), captions)   # (B, T-1, vocab_size), for captions[:, 1:]
 
-The recipe is Show and Tell (Vinyals et al., 2015, arXiv:1411.4555). Tanti et al. (2018,
-arXiv:1703.09137) compare the ways in which an image can enter the LSTM.
+The model is that of Show and Tell (Vinyals et al., 2015, arXiv:1411.4555). Tanti et al. (2018,
+arXiv:1703.09137) compare the ways in which the image can enter the LSTM.
 """
 
-import pickle
-import warnings
-import zipfile
-from functools import partial
+import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
-from torchvision.transforms import v2
 
-PAD, START, END, UNK = 0, 1, 2, 3  # the first four words of every vocabulary
+import decoding
+from backbones import build_backbone, is_quantized
+from checkpoint import load_safely
+from distributed import autocast, resolve_precision
+from images import eval_transform
+from vocabulary import PAD, Vocabulary
+
 INJECT_MODES = ("pre", "par", "init")
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# ---------------------------------------------------------------------------- images
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The architecture: everything but the words and the weights."""
+
+    backbone: str = "resnet50"  # any torchvision classification network; "quantized_*" use int8
+    image_size: int = 224  # side of the square input of the CNN, in pixels
+    flip: bool = False  # average the features of each image and its horizontal flip
+    no_image: bool = False  # replace the features by zeros: the no-image baseline
+    fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
+    embed_size: int = 256  # size of the word and image embeddings
+    hidden_size: int = 512  # size of the LSTM state
+    num_layers: int = 1  # LSTM layers
+    dropout: float = 0.3  # on the word embeddings and the LSTM outputs
+    inject: str = "par"  # how the image enters the LSTM: par, pre or init
+    precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
 
-class BadImageError(ValueError):
-    """A file that is not an image one can read; the message names the file and the reason."""
+C = ModelConfig  # its defaults are those of the classes below, too
 
 
-def load_image(source, min_size: int | None = None) -> Image.Image:
-    """Open an image (path or PIL image) as upright RGB, whatever its mode.
-
-    `min_size` lets the JPEG decoder skip detail that a later resize would discard anyway: the
-    result keeps both sides at or above it. (Not of an image that is open already: there the resize
-    sees all detail, and the CNN's features come out a little different.) Transparent pixels become
-    white. Raises BadImageError.
-    """
-    given = isinstance(source, Image.Image)
-    name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} given"
+@contextlib.contextmanager
+def eval_mode(module):
+    """Put `module` in evaluation mode without gradients; afterwards restore its mode."""
+    was_training = module.training
+    module.eval()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if given else Image.open(source)
-        if min_size and not given:
-            image.draft("RGB", (min_size, min_size))
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > 50 * min(image.size):  # would take gigabytes to resize
-            raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
-        if image.mode.startswith(("I", "F")):  # 16 bits a pixel, which convert() would clip
-            image = eight_bits(image)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except FileNotFoundError:
-        raise BadImageError(f"{name}: there is no such file") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise BadImageError(f"{name}: {error or type(error).__name__}") from None
-
-
-def eight_bits(image) -> Image.Image:
-    """An image of integers or floats as grey of 8 bits, whether it goes up to 65,535, 255 or 1."""
-    largest = image.getextrema()[1]
-    scale = 1 / 256 if largest > 255 or image.mode.startswith("I;16") else 1
-    if image.mode == "F" and largest <= 1:
-        scale = 255
-    return image.point(lambda value: value * scale).convert("L")
-
-
-def eval_transform(image_size: int = 224) -> v2.Compose:
-    """Path or PIL image -> (3, image_size, image_size), normalised for ImageNet; deterministic."""
-    return v2.Compose([
-        v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.Resize(image_size, antialias=True),
-        v2.CenterCrop(image_size),
-        *_to_tensor(),
-    ])  # fmt: skip
-
-
-def train_transform(image_size: int = 224) -> v2.Compose:
-    """As `eval_transform`, from a random crop: for fine-tuning, when nothing is cached.
-
-    There is no mirroring on purpose: it would turn every "left" of a caption into a lie.
-    """
-    return v2.Compose([
-        v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.RandomResizedCrop(image_size, scale=(0.7, 1.0), antialias=True),
-        *_to_tensor(),
-    ])  # fmt: skip
-
-
-def _to_tensor():
-    yield v2.ToImage()
-    yield v2.ToDtype(torch.float32, scale=True)
-    yield v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
 
 
 # ---------------------------------------------------------------------------- encoder
 
 
 class EncoderCNN(nn.Module):
-    """A pre-trained CNN without its classifier, and a trainable linear layer on what it sees.
+    """A pre-trained CNN without its classifier, followed by a trainable linear layer.
 
-    backbone: any torchvision classification network by name. Its "quantized_" ones compute in int8:
-        twice as fast on a CPU and nearly as exact, but neither on a GPU nor with `fine_tune`.
+    Arguments are those of `ModelConfig`, and:
+
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
-    fine_tune: train the CNN too. Otherwise it is frozen: in eval mode whatever `train()` says, so
-        that BatchNorm neither uses nor updates batch statistics, and without gradients.
-    mirror: look at the mirrored image as well and take the mean, which is steadier; twice the work.
-    blind: see zeros whatever the image is: the no-image baseline.
+    pooled: whether features are pooled over the image, or given for each position of the last map.
 
-    Raises ValueError for an unknown backbone or unfit weights, ConnectionError if the weights
-    cannot be downloaded.
+    Unless `fine_tune` is set, the CNN is frozen: it has no gradients and stays in eval mode
+    whatever `train()` is called with, so that BatchNorm neither uses nor updates batch statistics.
+
+    Raises ValueError for an unknown backbone or weights that do not fit, ConnectionError if the
+    weights cannot be downloaded.
     """
 
-    def __init__(self, embed_size, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224, mirror=False, blind=False):  # fmt: skip
+    def __init__(self, embed_size=C.embed_size, backbone=C.backbone, weights="DEFAULT",
+                 fine_tune=C.fine_tune, image_size=C.image_size, flip=C.flip, no_image=C.no_image,
+                 precision=C.precision, pooled=True):  # fmt: skip
         super().__init__()
-        # Channels last is how convolutions are fastest, on CPUs and GPUs alike.
-        self.backbone = build_backbone(backbone, weights).to(memory_format=torch.channels_last)
-        self.fine_tune, self.mirror, self.blind = fine_tune, mirror, blind
-        self.quantized = backbone.startswith("quantized_")
+        network = build_backbone(backbone, weights, pooled, image_size)
+        # Convolutions are fastest in channels-last memory format, on CPUs and GPUs.
+        self.backbone = network.to(memory_format=torch.channels_last).requires_grad_(fine_tune)
+        self.fine_tune, self.flip, self.no_image = fine_tune, flip, no_image
+        self.precision, self.pooled, self.quantized = precision, pooled, is_quantized(backbone)
         if fine_tune and self.quantized:
             raise ValueError(f"{backbone} computes in int8 and cannot be fine-tuned")
-        self.backbone.requires_grad_(fine_tune)
         try:
             with torch.no_grad():
-                image = torch.zeros(1, 3, image_size, image_size)
-                self.feature_size = self.backbone.eval()(image).numel()
+                images = torch.zeros(1, 3, image_size, image_size)
+                self.feature_size = self.eval().forward_features(images).size(2)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"{backbone} cannot see images of size {image_size}: {error}"
-            ) from None
+            raise ValueError(f"{backbone} rejects images of size {image_size}: {error}") from None
         self.linear = nn.Linear(self.feature_size, embed_size)
         self.train()
 
@@ -148,149 +105,106 @@ class EncoderCNN(nn.Module):
             self.backbone.eval()
         return self
 
-    def pool(self, images):
-        """(B, 3, H, W) -> (B, feature_size): what the CNN sees, before the linear layer.
+    def forward(self, images):
+        """(B, 3, H, W) -> (B, embed_size)."""
+        return self.project(self.forward_features(images))
 
-        With a frozen CNN this never changes, so it can be computed once and kept.
+    def forward_features(self, images):
+        """(B, 3, H, W) -> (B, P, feature_size): P is 1 (pooled), or the positions of the last map.
+
+        With a frozen CNN these are constant, and can be computed once per image (features.py).
         """
         if self.quantized and images.device.type != "cpu":
-            raise ValueError("a quantized backbone runs on the CPU only (--device cpu)")
-        seen = self.backbone(images).flatten(1)
-        if self.mirror:
-            seen = (seen + self.backbone(images.flip(3)).flatten(1)) / 2
-        return seen
+            raise ValueError("a quantized backbone runs on the CPU only (use --device cpu)")
+        features = self.backbone(images)
+        if self.flip:  # the map of the flipped image is flipped back
+            flipped = self.backbone(images.flip(3))
+            features = (features + (flipped if self.pooled else flipped.flip(3))) / 2
+        if self.pooled:
+            return features.flatten(1).unsqueeze(1)  # (B, 1, C)
+        return features.flatten(2).transpose(1, 2)  # (B, H*W, C)
 
-    def forward(self, images):
-        """(B, 3, H, W), or pooled features (B, feature_size) -> (B, embed_size)."""
-        seen = self.pool(images) if images.dim() == 4 else images
-        return self.linear(torch.zeros_like(seen) if self.blind else seen)
-
-
-def build_backbone(name, weights):
-    """The torchvision network `name` with `weights` loaded and its classifier taken off."""
-    zoo = torchvision.models
-    plain, quantized = (zoo.list_models(module=module) for module in (zoo, zoo.quantization))
-    if name not in plain + quantized:
-        known = ", ".join(plain + quantized)
-        raise ValueError(f"unknown backbone {name!r}; torchvision has {known}")
-    options = {"quantize": True} if name in quantized else {}
-    with warnings.catch_warnings():  # of defaults that will change, in torchvision's own calls
-        warnings.simplefilter("ignore")
-        if weights is None or Path(weights).is_file():
-            net = zoo.get_model(name, weights=None, **options)
-        else:
-            net = _download(name, weights, **options)
-    # Inception and GoogLeNet: no auxiliary classifiers, and ImageNet's normalisation turned into
-    # their own, whether the weights come from torchvision, from a file or from a checkpoint.
-    for auxiliary in ("AuxLogits", "aux1", "aux2"):
-        if hasattr(net, auxiliary):
-            net.aux_logits, net.transform_input = False, True
-            setattr(net, auxiliary, None)
-    head = next(h for h in ("fc", "classifier", "heads", "head") if hasattr(net, h))
-    setattr(net, head, nn.Identity())
-    if weights is not None and Path(weights).is_file():
-        state = load_safely(weights)
-        heads = (f"{head}.", "AuxLogits.", "aux1.", "aux2.")
-        try:
-            net.load_state_dict({k: v for k, v in state.items() if not k.startswith(heads)})
-        except (RuntimeError, AttributeError, KeyError) as error:
-            reason = str(error)[:300]
-            raise ValueError(f"{weights} does not hold weights of {name}: {reason}") from None
-    return net
-
-
-def _download(name, weights, **options):
-    choices = torchvision.models.get_model_weights(name)
-    if weights not in choices.__members__:
-        raise ValueError(
-            f"no weights {weights!r} for {name}: there is no such file, and torchvision has "
-            f"{', '.join(choices.__members__)}"
-        )
-    try:
-        return torchvision.models.get_model(name, weights=choices[weights], **options)
-    except (OSError, RuntimeError) as error:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise ConnectionError(
-            f"cannot download the {name} weights ({error}); fetch {choices[weights].url} on "
-            f"another machine and put it into {folder}, or pass the file's path as weights"
-        ) from None
-
-
-def load_safely(path, map_location="cpu"):
-    """torch.load for files of unknown origin: tensors and plain values only, never code.
-
-    Raises FileNotFoundError, or ValueError for anything damaged or foreign.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        if zipfile.is_zipfile(path):  # PyTorch does not check the sums that it writes
-            damaged = zipfile.ZipFile(path).testzip()
-            if damaged:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        with warnings.catch_warnings():  # torch.load itself uses what it warns of, for int8
-            warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, or is no PyTorch file at all; "
-            "it was not loaded, and nothing in it was run"
-        ) from None
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise ValueError(f"{path} is damaged or not a PyTorch file ({error})") from None
+    def project(self, features):
+        """(B, P, feature_size) -> (B, embed_size), the linear layer on the mean over P."""
+        features = features.mean(1)  # (B, C)
+        return self.linear(torch.zeros_like(features) if self.no_image else features)
 
 
 # ---------------------------------------------------------------------------- decoder
 
 
+class Dropout(nn.Dropout):
+    """Dropout with a mask of 8 random bits per element on the CPU.
+
+    nn.Dropout draws a full random number per element there, a sixth of a bfloat16 training step.
+    The probability is rounded to a multiple of 1/256, and the scale is that of the rounded one.
+    """
+
+    def forward(self, x):
+        threshold = round(256 * self.p)
+        if x.device.type != "cpu" or not self.training or threshold == 0:
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        mask = bits.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
+        return x * mask.to(x.dtype).mul_(256 / (256 - threshold))
+
+
 class DecoderRNN(nn.Module):
-    """An LSTM that tells an image word by word.
+    """An LSTM language model conditioned on an image.
 
     inject: how the image enters.
         "pre"   as the first input, before `<start>` (Show and Tell)
-        "par"   at every step, beside the word
+        "par"   at every step, concatenated with the word embedding
         "init"  as the initial state, through a linear layer
 
-    Teacher forcing, the one contract: of `captions[b] = <start> w1 .. wn <end> <pad> ..` the LSTM
-    reads `captions[b, :-1]`, and its output at position t predicts `captions[b, t + 1]`. So every
-    word and `<end>` is predicted, and `<start>` never is.
+    Teacher forcing: of `captions[b] = <start> w1 .. wn <end> <pad> ..` the LSTM reads
+    `captions[b, :-1]`, and its output at position t predicts `captions[b, t + 1]`. So every word
+    and `<end>` is predicted, and `<start>` never is.
     """
 
-    def __init__(
-        self, embed_size, hidden_size, vocab_size, num_layers=1, dropout=0.0, inject="pre"
-    ):
+    def __init__(self, embed_size, hidden_size, vocab_size, num_layers=C.num_layers,
+                 dropout=C.dropout, inject=C.inject):  # fmt: skip
         super().__init__()
         if inject not in INJECT_MODES:
-            raise ValueError(f"unknown injection mode {inject!r}; there are {INJECT_MODES}")
+            raise ValueError(f"unknown inject mode {inject!r}; choose from {INJECT_MODES}")
         self.inject = inject
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
         input_size = 2 * embed_size if inject == "par" else embed_size
         between = dropout if num_layers > 1 else 0.0
         self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         for name, bias in self.lstm.named_parameters():
-            if name.startswith("bias_ih"):  # remember, until told otherwise: what was seen lasts
-                nn.init.ones_(bias[hidden_size : 2 * hidden_size])  # (Jozefowicz et al., 2015)
+            if name.startswith("bias_ih"):  # forget-gate bias 1 (Jozefowicz et al., 2015)
+                nn.init.ones_(bias[hidden_size : 2 * hidden_size])
         if inject == "init":
             self.image_to_state = nn.Linear(embed_size, 2 * num_layers * hidden_size)
 
-    def forward(self, features, captions):
-        """(B, embed_size), (B, T) -> logits (B, T-1, vocab_size) for captions[:, 1:]."""
-        return self.linear(self.hidden(features, captions))
+    def forward(self, features, captions, positions=None):
+        """Teacher forcing: (B, embed_size), (B, T) -> logits (B, T-1, vocab_size).
 
-    def hidden(self, features, captions):
-        """As `forward`, one layer earlier: (B, T-1, hidden_size).
-
-        The last layer is the dearest; a loss can apply it to the real positions alone.
+        positions: (N,) indices into the B * (T-1) predictions. The vocabulary projection, which
+            dominates the cost, is then computed for these alone: logits (N, vocab_size).
         """
-        hidden, _ = self.step(captions[:, :-1], self.start_state(features), features)
-        return self.dropout(hidden)
+        inputs = self.embed(captions[:, :-1], features)  # (B, T-1, input_size)
+        hidden, _ = self.lstm(inputs, self.init_state(features))  # (B, T-1, hidden_size)
+        hidden = self.dropout(hidden)
+        if positions is not None:
+            hidden = hidden.flatten(0, 1).index_select(0, positions)  # (N, hidden_size)
+        return self.linear(hidden)
 
-    def start_state(self, features):
+    def embed(self, tokens, features):
+        """The inputs of the LSTM: (B, T), (B, embed_size) -> (B, T, input_size)."""
+        inputs = self.dropout(self.embedding(tokens))  # (B, T, embed_size)
+        if self.inject == "par":
+            image = features.unsqueeze(1).expand(-1, inputs.size(1), -1)
+            inputs = torch.cat([inputs, image], dim=-1)  # (B, T, 2 * embed_size)
+        return inputs
+
+    def init_state(self, features):
         """(B, embed_size) -> (h, c), each (num_layers, B, hidden_size), before `<start>` is read.
 
-        Training and decoding both begin here.
+        Training and decoding start from this state.
         """
         layers, size = self.lstm.num_layers, self.lstm.hidden_size
         if self.inject == "init":
@@ -302,178 +216,129 @@ class DecoderRNN(nn.Module):
         zeros = features.new_zeros(layers, len(features), size)
         return zeros, zeros
 
-    def step(self, words, state, features):
-        """Read words (B, T) from `state`; return the outputs (B, T, hidden_size) and new state."""
-        inputs = self.dropout(self.embedding(words))  # (B, T, embed_size)
-        if self.inject == "par":
-            seen = features.unsqueeze(1).expand_as(inputs)
-            inputs = torch.cat([inputs, seen], dim=-1)  # (B, T, 2 * embed_size)
-        return self.lstm(inputs, state)
+    def step(self, tokens, state, features):
+        """One step of decoding: (B,), state, (B, embed_size) -> logits (B, vocab_size), state."""
+        hidden, state = self.lstm(self.embed(tokens.unsqueeze(1), features), state)
+        return self.linear(self.dropout(hidden.squeeze(1))), state
 
-    @torch.no_grad()
     def sample(self, features, beam_size=1, max_len=20, temperature=0.0, top_k=None,
-               length_penalty=0.7, generator=None):  # fmt: skip
-        """Caption freely: (B, embed_size) -> B lists of at most `max_len` word indices.
+               length_penalty=0.7, n_best=None, generator=None) -> decoding.Decoded:  # fmt: skip
+        """Generate captions: (B, embed_size) -> `decoding.Decoded`.
 
-        beam_size: 1 is greedy. A beam holds the `beam_size` most probable beginnings of a caption;
-            one that ends leaves the beam for good, and of those that ended the best by
-            log-probability / length ** length_penalty is returned (length counts `<end>`).
-        temperature: above 0, words are drawn instead, from the `top_k` likeliest if that is given.
-        The lists hold words only: no `<start>`, `<end>`, `<pad>`, and never `<unk>`.
-        Raises ValueError for settings that contradict each other, or if the model computes NaN.
+        With a temperature above 0, words are sampled (`decoding.sample`); otherwise captions are
+        searched with a beam (`decoding.beam_search`; a beam of 1 is greedy decoding). Raises
+        ValueError for options that contradict each other, or if the model computes NaN.
         """
-        smallest = min(beam_size, max_len, 1 if top_k is None else top_k)
-        if smallest < 1 or not temperature >= 0:
-            raise ValueError("beam_size, max_len and top_k are 1 or more, temperature 0 or more")
-        if temperature and beam_size > 1:
-            raise ValueError("a beam searches and a temperature draws: choose one of them")
+        if not temperature >= 0:
+            raise ValueError("temperature must be at least 0")
+        if temperature and (beam_size > 1 or n_best):
+            raise ValueError("a temperature samples words: it cannot be combined with a beam")
         if top_k is not None and not temperature:
-            raise ValueError("top_k limits what is drawn: it needs a temperature above 0")
-        if not length_penalty >= 0:
-            raise ValueError("length_penalty is 0 (plain log-probability) or more")
-        choose = partial(draw, temperature, top_k, generator) if temperature else torch.topk
-        was_training = self.training
-        self.eval()
-        try:
-            return beam_search(self, features, beam_size, max_len, length_penalty, choose)
-        finally:
-            self.train(was_training)
-
-
-def beam_search(decoder, features, beam_size, max_len, length_penalty, choose=torch.topk):
-    """All images at once; see `DecoderRNN.sample`.
-
-    n counts the images still worked on and k the beams of each: 1 at `<start>`, then beam_size.
-    """
-    n, vocab_size = len(features), decoder.linear.out_features
-    image = torch.arange(n, device=features.device)  # (n,) which image each row is about
-    best = image.new_zeros(n, max_len)  # the best caption that has ended, <pad> behind it
-    best_score = features.new_full((n,), -torch.inf, dtype=torch.float32)
-    state = decoder.start_state(features)
-    words = image.new_full((n, 1), START)  # (n, k) the last word of every beam
-    told = image.new_empty(n, 1, 0)  # (n, k, length) all its words
-    scores = best_score.new_zeros(n, 1)  # (n, k) its log-probability, -inf once it has ended
-
-    for length in range(1, max_len + 1):
-        k = words.size(1)
-        seen = features[image].repeat_interleave(k, dim=0)  # (n*k, embed_size)
-        hidden, state = decoder.step(words.view(-1, 1), state, seen)
-        logits = decoder.linear(hidden[:, 0]).float()  # (n*k, vocab_size)
-        logits[:, [PAD, START, UNK]] = -torch.inf
-        total = scores.unsqueeze(2) + logits.log_softmax(-1).view(-1, k, vocab_size)
-        if total[:, :, END].isnan().any():  # softmax spreads a NaN over all words
-            raise ValueError("the model computes NaN: its weights or the features are damaged")
-        scores, index = choose(total.flatten(1), min(beam_size, k * vocab_size))  # (n, beam_size)
-        parent, words = index // vocab_size, index % vocab_size
-        told = torch.cat([told.take_along_dim(parent.unsqueeze(2), 1), words.unsqueeze(2)], dim=2)
-
-        # Captions that end here leave the beam; the best of them may be the best so far.
-        ended = words == END
-        score, which = (scores / length**length_penalty).masked_fill(~ended, -torch.inf).max(1)
-        better = score > best_score[image]
-        best_score[image[better]] = score[better]
-        best[image[better], :length] = told[better, which[better]]
-        scores = scores.masked_fill(ended, -torch.inf)
-
-        # A score only falls, so at best a beam keeps it up to max_len: when that is not enough to
-        # beat the best ended caption, the image is done.
-        hope = scores.max(1).values / max_len**length_penalty
-        going = hope > best_score[image]
-        if not going.any():
-            break
-        rows = torch.arange(len(image), device=image.device).unsqueeze(1) * k + parent
-        state = tuple(s.index_select(1, rows[going].flatten()) for s in state)
-        image, words, told, scores = image[going], words[going], told[going], scores[going]
-    else:  # out of length: an image none of whose beams ended gets its likeliest beginning
-        silent = best_score[image] == -torch.inf
-        likeliest = scores[silent].argmax(1)
-        best[image[silent]] = told[silent, likeliest]
-    return [[word for word in row if word not in (PAD, END)] for row in best.tolist()]
-
-
-def draw(temperature, top_k, generator, total, _):
-    """Draw one word per row of log-probabilities (n, vocab_size); stands in for torch.topk."""
-    logits = (total - total.max(1, keepdim=True).values) / temperature
-    if top_k is not None and top_k < logits.size(1):
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    index = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    return total.gather(1, index), index
+            raise ValueError("top_k restricts sampling: it requires a temperature above 0")
+        with eval_mode(self):
+            if temperature:
+                return decoding.sample(self, features, max_len, temperature, top_k, generator)
+            return decoding.beam_search(self, features, beam_size, max_len, length_penalty, n_best)
 
 
 # ---------------------------------------------------------------------------- both
 
 
 class CaptionModel(nn.Module):
-    """Encoder, decoder and the words: all it takes to caption an image.
+    """Encoder, decoder and vocabulary: everything that is needed to caption an image."""
 
-    Every argument but `weights` is kept in `config`, from which a checkpoint rebuilds the model.
-    """
-
-    def __init__(self, words, backbone="resnet50", weights="DEFAULT", fine_tune=False,
-                 image_size=224, mirror=False, blind=False, embed_size=256, hidden_size=512,
-                 num_layers=1, dropout=0.0, inject="pre"):  # fmt: skip
+    def __init__(self, words, config: ModelConfig | None = None, weights="DEFAULT"):
+        """words: those of the vocabulary. weights: of the backbone, as in `EncoderCNN`."""
         super().__init__()
-        self.config = {
-            "words": list(words), "backbone": backbone, "fine_tune": fine_tune,
-            "image_size": image_size, "mirror": mirror, "blind": blind,
-            "embed_size": embed_size, "hidden_size": hidden_size, "num_layers": num_layers,
-            "dropout": dropout, "inject": inject,
-        }  # fmt: skip
-        self.words = list(words)
-        self.transform = eval_transform(image_size)
+        self.config = c = config or ModelConfig()
+        self.vocab = Vocabulary(words)
+        self.transform = eval_transform(c.image_size)
         self.encoder = EncoderCNN(
-            embed_size, backbone, weights, fine_tune, image_size, mirror, blind
-        )
+            c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
+            c.precision,
+        )  # fmt: skip
         self.decoder = DecoderRNN(
-            embed_size, hidden_size, len(self.words), num_layers, dropout, inject
+            c.embed_size, c.hidden_size, len(self.vocab), c.num_layers, c.dropout, c.inject
         )
+
+    def checkpoint(self) -> dict:
+        """What `from_checkpoint` needs: config, words and weights."""
+        return {
+            "config": asdict(self.config), "words": self.vocab.words, "model": self.state_dict(),
+        }  # fmt: skip
 
     @classmethod
-    def from_checkpoint(cls, path, device="cpu"):
-        """The trained model, ready to caption. The file is all it needs, and no code in it runs.
+    def from_checkpoint(cls, path, device="cpu", precision=None):
+        """Load a trained model in eval mode. The file is self-contained, and no code in it is run.
 
-        Raises FileNotFoundError, or ValueError for a damaged file or one from something else.
+        precision: override that of the checkpoint.
+
+        Raises FileNotFoundError, or ValueError for a damaged file or one of something else.
         """
         checkpoint = load_safely(path)
         try:
-            model = cls(weights=None, **checkpoint["config"])
+            config, words = _upgrade(checkpoint)
+            config = ModelConfig(**config | ({"precision": precision} if precision else {}))
+            model = cls(words, config, weights=None)
             model.load_state_dict(checkpoint["model"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} is not a checkpoint of this model ({type(error).__name__}: "
-                f"{str(error)[:300]}); "
-                "train.py writes best.pt and last.pt"
+                f"{str(error)[:300]}); train.py writes best.pt and last.pt"
             ) from None
+        resolve_precision(device, config.precision)  # an unsupported one is an error now, not later
         return model.to(device).eval()
+
+    @property
+    def device(self):
+        return self.decoder.linear.weight.device
+
+    def autocast(self):
+        """The precision of the config, as a context manager."""
+        return autocast(self.device, self.config.precision)
+
+    def encode(self, images, precomputed=False):
+        """Images (B, 3, H, W), or precomputed features (B, P, feature_size) -> (B, embed_size)."""
+        return self.encoder.project(images) if precomputed else self.encoder(images)
 
     def forward(self, images, captions):
         """(B, 3, H, W), (B, T) -> logits (B, T-1, vocab_size); see `DecoderRNN`."""
         return self.decoder(self.encoder(images), captions)
 
-    def text(self, ids):
-        """Word indices, as `DecoderRNN.sample` returns them, as a caption."""
-        return " ".join(self.words[index] for index in ids)
+    def generate(self, images, precomputed=False, **options) -> decoding.Decoded:
+        """Captions of a batch as token ids; `options` are those of `DecoderRNN.sample`."""
+        with eval_mode(self), self.autocast():
+            images = images.to(self.decoder.linear.weight)  # device, and dtype of a converted model
+            return self.decoder.sample(self.encode(images, precomputed), **options)
 
-    @torch.no_grad()
-    def caption(self, images, beam_size=None, max_len=20, batch_size=32, **sampling):
-        """Caption a path, a PIL image, or several of them; returns a list of strings.
+    def decode(self, decoded: decoding.Decoded) -> list:
+        """Token ids as captions: a list of strings, or of lists of strings with `n_best`."""
+        if decoded.tokens.dim() == 3:
+            return [[self.vocab.decode(ids) for ids in row] for row in decoded.tokens.tolist()]
+        return [self.vocab.decode(ids) for ids in decoded.tokens.tolist()]
 
-        `sampling` goes to `DecoderRNN.sample`; the beam is 3 wide unless words are drawn by a
-        temperature. Raises BadImageError for what is no image.
+    def caption(self, images, beam_size=None, max_len=20, batch_size=32, **options) -> list:
+        """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.
+
+        `options` are those of `DecoderRNN.sample`; the beam size is 3 unless a temperature is
+        given. With `n_best`, returns a list of strings per image. Raises BadImageError.
         """
         images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
         if beam_size is None:
-            beam_size = 1 if sampling.get("temperature") else 3
-        weight = self.decoder.linear.weight
-        was_training, captions = self.training, []
-        self.eval()
-        try:
-            for start in range(0, len(images), batch_size):
-                batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
-                features = self.encoder(batch.to(weight))  # its device and precision
-                ids = self.decoder.sample(features, beam_size, max_len, **sampling)
-                captions += map(self.text, ids)
-        finally:
-            self.train(was_training)
+            beam_size = 1 if options.get("temperature") else 3
+        captions = []
+        for start in range(0, len(images), batch_size):
+            batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
+            decoded = self.generate(batch, beam_size=beam_size, max_len=max_len, **options)
+            captions += self.decode(decoded)
         return captions
+
+
+def _upgrade(checkpoint) -> tuple[dict, list[str]]:
+    """(config, words) of a checkpoint, also of one written before `words` had a key of its own."""
+    config = dict(checkpoint["config"])
+    if "words" not in config:
+        return config, checkpoint["words"]
+    renamed = {"mirror": "flip", "blind": "no_image"}
+    config = {renamed.get(name, name): value for name, value in config.items()}
+    return config, config.pop("words")

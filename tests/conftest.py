@@ -1,6 +1,6 @@
-"""What the tests share: a dozen drawn photos with captions, and options for a model of toy size.
+"""Shared fixtures: a dozen random images with captions, and the config of a tiny model.
 
-Everything runs offline, on the CPU, with a random network that sees: see `wake`.
+Everything runs offline, on the CPU, with a random CNN whose features differ: see `calibrate`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torchvision
 from hypothesis import settings
 from PIL import Image
 
-from train import Options
+from config import TrainConfig
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")
@@ -41,18 +41,18 @@ CAPTIONS = [
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Nothing here is big enough for a second thread to pay, and one is easier to reproduce."""
+    """Nothing here is large enough for a second thread, and one is easier to reproduce."""
     torch.set_num_threads(1)
 
 
-def wake(network):
-    """Fit a random network's BatchNorm to noise; else its features fade to 1e-9, layer by layer.
+def calibrate(network):
+    """Fit the BatchNorm statistics of a random network to noise, in place.
 
-    With such features a test could not tell one image from another, nor right from wrong.
+    Otherwise its features shrink to 1e-9 layer by layer, and are the same for all images.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # take the statistics as they are
+            module.momentum = None  # use the exact statistics
     blocks = 4 * torch.rand(32, 3, 4, 4) - 2
     with torch.no_grad():
         network.train()(blocks.repeat_interleave(16, 2).repeat_interleave(16, 3))
@@ -60,10 +60,10 @@ def wake(network):
 
 
 @functools.cache
-def seeing_weights() -> str:
+def calibrated_weights() -> str:
     """A state dict of mobilenet_v3_small, in a file."""
     torch.manual_seed(0)
-    network = wake(torchvision.models.mobilenet_v3_small(weights=None))
+    network = calibrate(torchvision.models.mobilenet_v3_small(weights=None))
     torch.save(network.state_dict(), f"{SCRATCH.name}/weights.pt")
     return f"{SCRATCH.name}/weights.pt"
 
@@ -88,47 +88,49 @@ def write_dataset(folder: Path) -> Path:
     return folder
 
 
-def tiny_options(folder: Path, **changes) -> Options:
-    """Options to train on `write_dataset(folder)` within a second or two."""
+def tiny_config(folder: Path, **changes) -> TrainConfig:
+    """A config to train on `write_dataset(folder)` within a second or two, in float32."""
     settings = {
         "train_images": str(folder / "images"),
         "train_captions": str(folder / "captions.json"),
         "val_images": str(folder / "images"),
         "val_captions": str(folder / "captions.json"),
         "out": str(folder / "out"),
-        "cache": str(folder / "cache"),
+        "cache_dir": str(folder / "cache"),
         "backbone": "mobilenet_v3_small",
-        "weights": seeing_weights(),
+        "weights": calibrated_weights(),
         "image_size": 64,
         "embed_size": 16,
         "hidden_size": 16,
-        "threshold": 1,
+        "min_word_freq": 1,
         "epochs": 2,
         "batch_size": 8,
-        "accumulate": 1,
+        "grad_accum_steps": 1,
+        "dropout": 0.3,
+        "precision": "float32",
         "device": "cpu",
     }
-    return Options(**{**settings, **changes})
+    return TrainConfig(**{**settings, **changes})
 
 
-def command_line(options):
-    """The command that stands for `options`."""
-    return [word for f in fields(Options) for word in flag(f.name, getattr(options, f.name))]
+def command_line(config):
+    """The command-line arguments of `config`."""
+    return [word for f in fields(TrainConfig) for word in flag(f.name, getattr(config, f.name))]
 
 
 def flag(name, value):
-    """An option as words of the command line."""
+    """An option as command-line arguments."""
     name = "--" + name.replace("_", "-")
     return [name] * value if isinstance(value, bool) else [name, str(value)]
 
 
 @pytest.fixture
 def dataset(tmp_path) -> Path:
-    """A dataset of the test's own, to be damaged at will."""
+    """A dataset that the test may modify."""
     return write_dataset(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
 def shared_dataset(tmp_path_factory) -> Path:
-    """A dataset for a whole module, only to be read."""
+    """A read-only dataset for a whole module."""
     return write_dataset(tmp_path_factory.mktemp("shared") / "data")

@@ -1,0 +1,125 @@
+"""The options of a training run: one dataclass for the notebooks and the command line.
+
+config_for("synthetic", find_splits("synthetic", "data/synthetic"), out="runs/x", epochs=3)
+parse_args(["--train-images", "train2017", ...])
+"""
+
+import argparse
+import ast
+import inspect
+import re
+from dataclasses import MISSING, dataclass, fields
+
+from distributed import PRECISIONS
+from model import INJECT_MODES, ModelConfig
+
+CHOICES = {"precision": PRECISIONS, "inject": INJECT_MODES, "best_by": ("loss", "cider")}
+AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "epochs", "batch_size",
+              "grad_accum_steps", "min_word_freq")  # fmt: skip
+AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "seed")
+ABOVE_0 = ("learning_rate", "grad_clip")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(ModelConfig):
+    """Everything a run depends on; the command line's flags are these fields."""
+
+    train_images: str  # folder of the training images
+    train_captions: str  # their captions, a JSON file in COCO's format
+    val_images: str  # folder of the validation images
+    val_captions: str  # their captions
+    out: str  # folder for checkpoints, history and metrics
+    weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
+    min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
+    # training
+    epochs: int = 10  # passes over all training captions
+    batch_size: int = 64  # captions per batch, all of similar length
+    grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
+    learning_rate: float = 2e-3  # maximum of a one-cycle schedule (AdamW)
+    weight_decay: float = 0.01  # of weight matrices; biases and embeddings do not decay
+    grad_clip: float = 5.0  # maximum norm of the gradient
+    patience: int = 4  # stop after so many epochs without improvement
+    best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
+    init_from: str | None = None  # checkpoint whose weights the run starts from
+    seed: int = 0  # of initialization, data order and dropout
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    num_workers: int = 0  # processes that load images
+    cache_dir: str = "runs/cache"  # folder for the features of the frozen CNN
+    skip_bad_images: bool = False  # leave out images that cannot be read, and list them
+    overwrite: bool = False  # start again in a folder that contains an earlier run
+    resume: bool = False  # continue from last.pt in --out, if it exists
+    deterministic: bool = False  # bit-identical results on a GPU too, slower there
+    save_every: int = 0  # also save after every so many batches; 0: after epochs only
+
+    def __post_init__(self):
+        if str(self.weights).lower() == "none":
+            self.weights = None
+        if str(self.init_from).lower() == "none":
+            self.init_from = None
+        for names, valid, text in (
+            (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
+            (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
+            (ABOVE_0, lambda x: x > 0, "greater than 0"),
+            (("dropout",), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+            (("seed",), lambda x: x < 2**32, "less than 2**32"),
+        ):
+            for name in names:
+                if not valid(getattr(self, name)):
+                    raise ValueError(f"{name} is {getattr(self, name)}, but must be {text}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(choices)}"
+                )
+        if self.no_image and self.fine_tune:
+            raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
+
+    def model_config(self) -> ModelConfig:
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+# Synthetic scenes are small and simple; all other datasets use the defaults above.
+PRESETS = {
+    "synthetic": {
+        "backbone": "mobilenet_v3_small", "weights": "synthetic_encoder.pt", "image_size": 96,
+        "embed_size": 128, "hidden_size": 256, "dropout": 0.0, "epochs": 10, "batch_size": 32,
+        "learning_rate": 3e-3,
+    },
+}  # fmt: skip
+
+
+def config_for(dataset, splits, out, **changes) -> TrainConfig:
+    """The config for one of `splits.DATASETS`, given its `find_splits`; `changes` override it."""
+    names = ("train_images", "train_captions", "val_images", "val_captions")
+    files = [str(path) for split in ("train", "val") for path in splits[split]]
+    options = {**dict(zip(names, files, strict=True)), "out": str(out)}
+    return TrainConfig(**{**options, **PRESETS.get(dataset, {}), **changes})
+
+
+def parse_args(arguments=None) -> TrainConfig:
+    """The config that command-line arguments describe: a flag for every field."""
+    parser = argparse.ArgumentParser(
+        description="Train an image captioning model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    texts = field_comments(ModelConfig) | field_comments(TrainConfig)
+    for field in fields(TrainConfig):
+        options = {"help": texts[field.name], "choices": CHOICES.get(field.name)}
+        if field.type in (bool, "bool"):
+            options = {"help": texts[field.name], "action": "store_true"}
+        elif field.default is MISSING:
+            options["required"] = True
+        else:
+            default = field.default
+            options |= {"default": default, "type": str if default is None else type(default)}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return TrainConfig(**vars(parser.parse_args(arguments)))
+
+
+def field_comments(config_class) -> dict[str, str]:
+    """The comment behind each field of a dataclass in the source: its help text."""
+    lines = inspect.getsource(config_class).split("\n")
+    fields_ = [node for node in ast.parse("\n".join(lines)).body[0].body
+               if isinstance(node, ast.AnnAssign)]  # fmt: skip
+    return {node.target.id: re.search(r"#\s*(.*)", lines[node.lineno - 1])[1] for node in fields_}

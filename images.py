@@ -1,0 +1,92 @@
+"""Reading any image file as upright RGB, and the two transforms.
+
+transform = eval_transform(224)
+transform("photo.jpg")     # (3, 224, 224), normalized with ImageNet's statistics
+"""
+
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MAX_ASPECT_RATIO = 50  # resizing a longer and thinner image would take gigabytes
+
+
+class BadImageError(ValueError):
+    """A file that cannot be read as an image; the message names the file and the reason."""
+
+
+def load_image(source, min_size: int | None = None) -> Image.Image:
+    """Open an image (path or PIL image) as upright RGB, whatever its mode.
+
+    min_size: lets the JPEG decoder skip detail that a later resize would discard; both sides of the
+        result are at least this long. Has no effect on an image that is already open.
+
+    Transparent pixels become white. Raises BadImageError.
+    """
+    is_open = isinstance(source, Image.Image)
+    name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} argument"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source if is_open else Image.open(source)
+        if min_size and not is_open:
+            image.draft("RGB", (min_size, min_size))
+        image = ImageOps.exif_transpose(image)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
+        return _to_rgb(image)
+    except FileNotFoundError:
+        raise BadImageError(f"{name}: there is no such file") from None
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise BadImageError(f"{name}: {error or type(error).__name__}") from None
+
+
+def _to_rgb(image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 bits or more, which convert() would clip
+        image = _to_8_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image) -> Image.Image:
+    """Convert an image of integers or floats in 0..65535, 0..255 or 0..1 to 8-bit grey."""
+    largest = image.getextrema()[1]
+    scale = 1 / 256 if largest > 255 or image.mode.startswith("I;16") else 1
+    if image.mode == "F" and largest <= 1:
+        scale = 255
+    return image.point(lambda value: value * scale).convert("L")
+
+
+def eval_transform(image_size: int = 224) -> v2.Compose:
+    """Path or PIL image -> (3, image_size, image_size), float32, normalized; deterministic."""
+    return v2.Compose([
+        v2.Lambda(partial(load_image, min_size=image_size)),
+        v2.Resize(image_size, antialias=True),
+        v2.CenterCrop(image_size),
+        *_to_tensor(),
+    ])  # fmt: skip
+
+
+def train_transform(image_size: int = 224) -> v2.Compose:
+    """Same as `eval_transform`, but with a random crop, for training without cached features.
+
+    There is no horizontal flip, which would make every "left" and "right" of a caption wrong.
+    """
+    return v2.Compose([
+        v2.Lambda(partial(load_image, min_size=image_size)),
+        v2.RandomResizedCrop(image_size, scale=(0.7, 1.0), antialias=True),
+        *_to_tensor(),
+    ])  # fmt: skip
+
+
+def _to_tensor():
+    yield v2.ToImage()
+    yield v2.ToDtype(torch.float32, scale=True)
+    yield v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)

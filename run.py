@@ -1,0 +1,183 @@
+"""What a training run consists of, and how it is built from its config.
+
+run = build_run(TrainConfig(train_images=..., out="runs/mine"))
+run.model, run.train_loader, run.optimizer, run.progress.history
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from checkpoint import find_earlier_run, modification_times, restore
+from coco import CocoCaptions
+from config import TrainConfig
+from data_loader import tokenize_all, train_loader, val_loader
+from distributed import (
+    pick_device,
+    print0,
+    rank_and_world_size,
+    resolve_precision,
+    to_float64,
+    use_deterministic_algorithms,
+    wrap_ddp,
+)
+from features import describe_bad, extract_features, find_bad_images
+from images import BadImageError, train_transform
+from losses import TeacherForcing
+from model import CaptionModel
+from vocabulary import Vocabulary
+
+FEW_UPDATES = 200  # fewer optimizer steps than this hardly train a model
+
+
+@dataclass
+class Progress:
+    """How far a run is: the epochs that are done, and the batches of the current one."""
+
+    history: list = field(default_factory=list)  # a dict per epoch
+    step: int = 0  # batches of the current epoch
+    totals: torch.Tensor | None = None  # negative log-likelihood and targets of these batches
+
+
+@dataclass
+class Run:
+    """What `build_run` builds and `fit` trains."""
+
+    config: TrainConfig
+    model: CaptionModel
+    loss: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    train_loader: torch.utils.data.DataLoader
+    val_loader: torch.utils.data.DataLoader
+    progress: Progress
+    found: list  # modification times of the checkpoints in --out when last read or written
+
+    @property
+    def precision(self) -> str:
+        """The precision that the run computes in: "float32" or "bfloat16"."""
+        return resolve_precision(self.model.device, self.config.precision)
+
+
+def zero_totals(device):
+    return to_float64(torch.zeros(2, device=device))
+
+
+def build_run(config: TrainConfig) -> Run:
+    """Read the captions, build vocabulary and model, and extract features, or resume.
+
+    With torchrun, every process builds a run, trains on its part of each batch, and rank 0 writes.
+    Raises ValueError or OSError, with a sentence that says what is wrong and what to do, before
+    anything is written to --out.
+    """
+    device = pick_device(config.device)
+    resolve_precision(device, config.precision)  # raises if it is not supported
+    if config.deterministic:
+        use_deterministic_algorithms()
+    found = modification_times(config.out)
+    earlier = find_earlier_run(config)
+    if config.resume and earlier is None:
+        last = Path(config.out) / "last.pt"
+        print0(f"There is no {last} to resume from yet: the run starts at its beginning.")
+    train_data = CocoCaptions(config.train_images, config.train_captions)
+    val_data = CocoCaptions(config.val_images, config.val_captions)
+    torch.manual_seed(config.seed)
+    model = build_model(config, train_data).to(device)
+    loaders = build_loaders(config, model, train_data, val_data)
+    loss = wrap_ddp(TeacherForcing(model, precomputed=not config.fine_tune))
+    progress = Progress(totals=zero_totals(device))
+    run = Run(config, model, loss, build_optimizer(model, config), *loaders, progress, found)
+    warn_about_few_updates(run)
+    # Every rank has its own dropout.
+    torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
+    if earlier:
+        restore(run, earlier)
+    return run
+
+
+def build_model(config, train_data) -> CaptionModel:
+    """A new model with the vocabulary of the training captions, or that of `config.init_from`."""
+    if config.init_from is None:
+        counts = tokenize_all(train_data.all_captions, config.cache_dir).counts()
+        vocab = Vocabulary.from_counts(counts, config.min_word_freq)
+        return CaptionModel(vocab.words, config.model_config(), config.weights)
+    source = CaptionModel.from_checkpoint(config.init_from)
+    model = CaptionModel(source.vocab.words, config.model_config(), weights=None)
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model in {config.init_from} has another architecture than this run: "
+            f"{str(error)[:300]}"
+        ) from None
+    return model
+
+
+def build_loaders(config, model, train_data, val_data):
+    """(train_loader, val_loader), of features if the CNN is frozen, and else of images."""
+    (train_features, train_bad), (val_features, val_bad) = (
+        image_features(config, model, data) for data in (train_data, val_data)
+    )
+    exclude_bad_images([train_data, val_data], [train_bad, val_bad], config.skip_bad_images)
+    train_data, val_data = train_data.without(train_bad), val_data.without(val_bad)
+    rank, world_size = rank_and_world_size()
+    options = {
+        "batch_size": config.batch_size, "cache_dir": config.cache_dir, "rank": rank,
+        "world_size": world_size, "num_workers": config.num_workers if config.fine_tune else 0,
+    }  # fmt: skip
+    return (
+        train_loader(train_data, model.vocab, transform=train_transform(config.image_size),
+                     features=train_features, seed=config.seed, **options),
+        val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
+                   **options),
+    )  # fmt: skip
+
+
+def image_features(config, model, data):
+    """(features of all images or None, {index: reason} for those that cannot be read)."""
+    if config.fine_tune:  # features that change cannot be cached
+        return None, find_bad_images(data.paths, model.transform, config.num_workers)
+    extracted = extract_features(
+        model.encoder, data.paths, model.transform, config.cache_dir,
+        num_workers=config.num_workers, skip_bad=True,
+    )  # fmt: skip
+    return extracted.features, extracted.bad
+
+
+def exclude_bad_images(splits, bad, skip):
+    """Print which images are excluded. Raises BadImageError for unreadable ones unless `skip`."""
+    for split in splits:
+        if split.uncaptioned:
+            count = len(split.uncaptioned)
+            print0(f"{split.captions_file}: {count} images have no caption and are excluded")
+    reasons = [reason for of_split in bad for reason in of_split.values()]
+    if not reasons:
+        return
+    found = describe_bad(reasons)
+    if not skip:
+        raise BadImageError(f"{found}\nreplace them, or exclude them with --skip-bad-images")
+    print0(f"{found}\nThey are excluded, with their captions.")
+    for split, of_split in zip(splits, bad, strict=True):
+        if len(of_split) == len(split):
+            raise BadImageError(f"no image of {split.captions_file} can be read")
+
+
+def build_optimizer(model, config):
+    """AdamW with two parameter groups: weight matrices decay; biases, embeddings, norms do not."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    decays = {n for n, p in trained.items() if p.dim() > 1 and "embedding" not in n}
+    groups = [
+        {"params": [p for n, p in trained.items() if (n in decays) == decay],
+         "weight_decay": config.weight_decay if decay else 0.0, "max_lr": config.learning_rate}
+        for decay in (True, False)
+    ]  # fmt: skip
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def warn_about_few_updates(run: Run):
+    updates = run.config.epochs * -(-len(run.train_loader) // run.config.grad_accum_steps)
+    if updates < FEW_UPDATES:
+        print0(
+            f"The run has only {updates} optimizer steps, which is hardly enough: with so few "
+            "captions try --batch-size 8 --grad-accum-steps 1, and more --epochs."
+        )
