@@ -54,6 +54,16 @@ def load_safely(path, map_location="cpu"):
         raise ValueError(f"{path} is damaged or not a PyTorch file ({error})") from None
 
 
+def config_and_words(checkpoint) -> tuple[dict, list[str]]:
+    """(config, words) of a checkpoint, also of one written before `words` had a key of its own."""
+    config = dict(checkpoint["config"])
+    if "words" not in config:
+        return config, checkpoint["words"]
+    renamed = {"mirror": "flip", "blind": "no_image"}
+    config = {renamed.get(name, name): value for name, value in config.items()}
+    return config, config.pop("words")
+
+
 def export(source, target):
     """Write the weights of checkpoint `source` to `target` in half precision, without the
     optimizer state: a smaller file, for `CaptionModel.from_checkpoint`.

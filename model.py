@@ -21,9 +21,10 @@ from torch import nn
 
 import decoding
 from backbones import build_backbone, is_quantized
-from checkpoint import load_safely
+from checkpoint import config_and_words, load_safely
 from distributed import autocast, resolve_precision
 from images import eval_transform
+from layers import Dropout
 from vocabulary import PAD, Vocabulary
 
 INJECT_MODES = ("pre", "par", "init")
@@ -131,22 +132,6 @@ class EncoderCNN(nn.Module):
 
 
 # ---------------------------------------------------------------------------- decoder
-
-
-class Dropout(nn.Dropout):
-    """Dropout with a mask of 8 random bits per element on the CPU.
-
-    nn.Dropout draws a full random number per element there, a sixth of a bfloat16 training step.
-    The probability is rounded to a multiple of 1/256, and the scale is that of the rounded one.
-    """
-
-    def forward(self, x):
-        threshold = round(256 * self.p)
-        if x.device.type != "cpu" or not self.training or threshold == 0:
-            return super().forward(x)
-        bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        mask = bits.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
-        return x * mask.to(x.dtype).mul_(256 / (256 - threshold))
 
 
 class DecoderRNN(nn.Module):
@@ -277,7 +262,7 @@ class CaptionModel(nn.Module):
         """
         checkpoint = load_safely(path)
         try:
-            config, words = _upgrade(checkpoint)
+            config, words = config_and_words(checkpoint)
             config = ModelConfig(**config | ({"precision": precision} if precision else {}))
             model = cls(words, config, weights=None)
             model.load_state_dict(checkpoint["model"])
@@ -332,13 +317,3 @@ class CaptionModel(nn.Module):
             decoded = self.generate(batch, beam_size=beam_size, max_len=max_len, **options)
             captions += self.decode(decoded)
         return captions
-
-
-def _upgrade(checkpoint) -> tuple[dict, list[str]]:
-    """(config, words) of a checkpoint, also of one written before `words` had a key of its own."""
-    config = dict(checkpoint["config"])
-    if "words" not in config:
-        return config, checkpoint["words"]
-    renamed = {"mirror": "flip", "blind": "no_image"}
-    config = {renamed.get(name, name): value for name, value in config.items()}
-    return config, config.pop("words")
