@@ -1,15 +1,15 @@
-# make run        install, draw the dataset, execute the five notebooks; copies in runs/notebooks
+# make run        install, write the synthetic dataset, execute copies of the five notebooks
 # make test       install, lint, run all tests
-# make notebooks  execute the notebooks and write the results into them
-# make faults     kill runs, nodes' workers, fill disks; see that nothing is lost (minutes)
-# make clean      remove what the above have made: environment, drawn dataset, its runs
+# make notebooks  execute the notebooks and save their outputs in them
+# make faults     test recovery from killed processes and full disks (minutes)
+# make clean      remove the environment, the synthetic dataset and its runs
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: run test notebooks faults clean
 
 run: .venv/ready
-	$(BIN)/python run_notebooks.py
+	$(BIN)/python scripts/run_notebooks.py
 
 test: .venv/ready
 	$(BIN)/ruff check .
@@ -17,12 +17,12 @@ test: .venv/ready
 	$(BIN)/python -m pytest -q
 
 notebooks: .venv/ready
-	$(BIN)/python run_notebooks.py --in-place
+	$(BIN)/python scripts/run_notebooks.py --in-place
 
 faults: .venv/ready
 	$(BIN)/python tests/faults.py
 
-# uv installs in seconds what pip takes minutes for, and picks a matching torch and torchvision.
+# uv is much faster than pip, and selects matching versions of torch and torchvision.
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed')"
 	$(PYTHON) -m venv .venv
@@ -31,4 +31,4 @@ faults: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv data/sample runs/sample runs/notebooks runs/cache
+	rm -rf .venv data/synthetic runs/synthetic runs/notebooks runs/cache

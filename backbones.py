@@ -81,6 +81,10 @@ class _FeatureMap(nn.Module):
             with torch.no_grad():
                 outputs = create_feature_extractor(network.eval(), nodes)(image)
             last = [node for node in nodes if _is_map(outputs[node])][-1]
+            modules = dict(network.named_modules())
+            after = [modules[n] for n in nodes[nodes.index(last) + 1 :] if n in modules]
+            if any(list(module.parameters()) for module in after):
+                raise ValueError("its last layers have no spatial output")
             self.extractor = create_feature_extractor(network, {last: "map"})
         except Exception as error:  # torch.fx raises nearly anything if it cannot trace a network
             raise ValueError(f"{name} has no feature map to extract ({error})") from None

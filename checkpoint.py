@@ -66,19 +66,22 @@ def config_and_words(checkpoint) -> tuple[dict, list[str]]:
 
 def export(source, target):
     """Write the weights of checkpoint `source` to `target` in half precision, without the
-    optimizer state: a smaller file, for `CaptionModel.from_checkpoint`.
+    optimizer state: a smaller file, for `CaptionModel.from_checkpoint`. Vectors, such as biases and
+    BatchNorm statistics, stay in float32: they are small, and may not fit into half precision.
 
     Raises what `load_safely` raises, or ValueError if `source` is not a training checkpoint.
     """
     checkpoint = load_safely(source)
-    if not isinstance(checkpoint, dict) or not {"config", "words", "model"} <= checkpoint.keys():
-        raise ValueError(f"{source} is not a checkpoint of a captioning model")
-    kept = {key: checkpoint[key] for key in ("config", "words", "history") if key in checkpoint}
-    state = {
-        name: tensor.half() if tensor.dtype == torch.float32 else tensor
-        for name, tensor in checkpoint["model"].items()
-    }
-    save({**kept, "model": state}, target)
+    try:
+        config, words = config_and_words(checkpoint)
+        state = {
+            name: tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
+            for name, tensor in checkpoint["model"].items()
+        }
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{source} is not a checkpoint of a captioning model") from None
+    history = checkpoint.get("history", [])
+    save({"config": config, "words": words, "model": state, "history": history}, target)
 
 
 # ---------------------------------------------------------------------------- interruptions
@@ -176,8 +179,8 @@ def modification_times(out):
     return [file.stat().st_mtime_ns if file.exists() else None for file in files]
 
 
-def check_same_run(checkpoint, config, data_fingerprint, backbone):
-    """Raise ValueError if a run cannot be resumed with another config, data or frozen CNN.
+def check_same_run(checkpoint, config, data_fingerprint, model):
+    """Raise ValueError if a run cannot be resumed with another config, data, words or frozen CNN.
 
     Returns the config that the checkpoint was written with.
     """
@@ -191,9 +194,11 @@ def check_same_run(checkpoint, config, data_fingerprint, backbone):
     if not config.fine_tune and any(
         isinstance(tensor, torch.Tensor)
         and not torch.equal(tensor.cpu(), checkpoint["model"][f"encoder.backbone.{name}"].cpu())
-        for name, tensor in backbone.state_dict().items()
+        for name, tensor in model.encoder.backbone.state_dict().items()
     ):
         changed.append("the weights of the CNN have changed")
+    if checkpoint["words"] != model.vocab.words:
+        changed.append("the vocabulary has changed")
     if checkpoint["data"] != data_fingerprint:
         changed.append("the captions or their images have changed")
     if changed:
@@ -256,7 +261,7 @@ def restore(run, checkpoint):
     config, progress, model = run.config, run.progress, run.model
     rank, world_size = rank_and_world_size()
     try:
-        before = check_same_run(checkpoint, config, data_fingerprint(run), model.encoder.backbone)
+        before = check_same_run(checkpoint, config, data_fingerprint(run), model)
         if before["epochs"] != config.epochs:
             print0(
                 f"The learning rate schedule now has {config.epochs} epochs instead of "

@@ -37,7 +37,8 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=0.7, n_
     2016, without their constants), where the length includes `<end>`. Prefixes that have not ended
     after `max_len` tokens rank below all captions that have.
 
-    n_best: return so many captions per image (at most beam_size), best first; None for one.
+    n_best: return so many captions per image (at most beam_size), best first; None for one. If
+        fewer exist, the last ones contain only `<pad>` and have the score -inf.
 
     Raises ValueError for invalid arguments, or if the model computes NaN.
     """
@@ -187,8 +188,10 @@ class _Beam(NamedTuple):
 
     def result(self, squeeze):
         """As Decoded, cut to the longest caption."""
-        longest = int((self.tokens != PAD).sum(2).max().clamp(min=1)) if self.tokens.numel() else 0
-        tokens, log_probs = self.tokens[:, :, :longest], self.log_probs[:, :, :longest]
+        unused = self.scores == -torch.inf
+        tokens = self.tokens.masked_fill(unused.unsqueeze(2), PAD)
+        longest = int((tokens != PAD).sum(2).max()) if tokens.numel() else 0
+        tokens, log_probs = tokens[:, :, :longest], self.log_probs[:, :, :longest]
         log_probs = log_probs.masked_fill(tokens == PAD, 0.0)
-        fields = tokens, log_probs, self.ended, self.scores
+        fields = tokens, log_probs, self.ended & ~unused, self.scores
         return Decoded(*(field[:, 0] if squeeze else field for field in fields))

@@ -11,11 +11,14 @@ import contextlib
 import functools
 import os
 import sys
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+START_TIMEOUT = timedelta(minutes=2)  # between the start of the first and of the last process
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for another ends with an error
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -25,16 +28,65 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @contextlib.contextmanager
 def process_group(device):
-    """Initialize the process group if torchrun started this process, and destroy it at the end."""
+    """Initialize the process group if torchrun started this process, and destroy it at the end.
+
+    If the body succeeds, the process exits within this context, see `_exit_together`.
+    """
     if "RANK" not in os.environ or not dist.is_torchelastic_launched():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, rank, world_size = _fresh_store()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         yield
+        _exit_together(store, world_size)
     finally:
         dist.destroy_process_group()
+
+
+def _fresh_store():
+    """(store, rank, world_size), where the store has no keys of an earlier start of this job.
+
+    torchrun's store outlives the worker processes. After a restart, workers would read there the
+    addresses of killed ones, and fail or wait (pytorch/pytorch#135712). Therefore rank 0 chooses a
+    new prefix at each start. The other ranks ask for it with a token of their own, so that the
+    answer can only come from the rank 0 of the same start.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
+    token = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"request/{rank}", token)
+        prefix = store.get(f"answer/{token}").decode()  # waits for it
+        store.set(f"{prefix}/{rank}", "ready")
+    else:
+        prefix, missing = token, set(range(1, world_size))
+        deadline = time.monotonic() + START_TIMEOUT.total_seconds()
+        while missing:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"ranks {sorted(missing)} did not start within {START_TIMEOUT}")
+            for other in missing:
+                if store.check([f"request/{other}"]):
+                    store.set(f"answer/{store.get(f'request/{other}').decode()}", prefix)
+            time.sleep(0.02)
+            missing = {other for other in missing if not store.check([f"{prefix}/{other}"])}
+    store.set_timeout(TIMEOUT)
+    return dist.PrefixStore(prefix, store), rank, world_size
+
+
+def _exit_together(store, world_size):
+    """Exit with status 0 at the same moment as the other ranks.
+
+    torchrun cannot restart a job of which one node has already succeeded: a process killed during
+    Python's shutdown would leave that node waiting for 5 minutes. Hence os._exit, after a barrier.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    dist.all_reduce(torch.zeros(()))  # raises if a rank is missing
+    if store.add("exiting", 1) == world_size:
+        store.set("exit", "now")
+    store.wait(["exit"], START_TIMEOUT)
+    os._exit(0)
 
 
 def rank_and_world_size() -> tuple[int, int]:

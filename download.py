@@ -1,11 +1,15 @@
-"""Download COCO images and captions, whole (2017: 19 GB of zips, twice that while unzipping):
-$ python download.py --year 2017 --root data/coco
-or, as a small start, the annotations and only the first 2000 images of each split:
-$ python download.py --year 2017 --root data/coco --first 2000
-Stop it whenever you like: the same command resumes, and fetches nothing that is complete.
+"""Download the images and captions of COCO. All of 2017 is 19 GB of zips, 38 GB during unzipping:
 
-`root` then holds train2017/*.jpg, val2017/*.jpg and annotations/captions_train2017.json etc., and
-with `--first N` captions_train2017.firstN.json: the N images of lowest id only, written at the end.
+    python download.py --year 2017 --root data/coco
+
+As a small start, the captions and only the first 2000 images of each split:
+
+    python download.py --year 2017 --root data/coco --first 2000
+
+The command can be interrupted at any time: run again, it resumes and skips what is complete.
+`root` then contains train2017/*.jpg, val2017/*.jpg and annotations/captions_train2017.json etc.
+With `--first N` it also contains captions_train2017.firstN.json, written last, for the N images
+with the lowest ids.
 """
 
 import argparse
@@ -27,19 +31,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from files import atomic_write
+
 BASE_URL = "http://images.cocodataset.org"
 YEARS, SPLITS = (2014, 2017), ("train", "val")
 
 
 class DownloadError(RuntimeError):
-    """What went wrong and what to do about it, in one sentence."""
+    """The message is one sentence: what failed, and what to do."""
 
 
 def download_coco(root, year=2017, splits=SPLITS, first=None, base_url=BASE_URL, **options):
-    """Bring COCO `year` under `root`; return {split: (image folder, captions file)}.
-    `first=N` fetches N single images per split, not its zip, each from its `coco_url`, and returns
-    the captions file cut down to them. A `base_url` other than the default is a mirror: it replaces
-    scheme and host of every `coco_url` too. `options` go to `fetch`: tries, timeout, backoff.
+    """Download COCO to `root`; returns {split: (image folder, captions file)}.
+
+    first: download that many single images of each split, from their `coco_url`, instead of the
+        zip; the captions file returned contains only these.
+    base_url: a mirror, which also replaces scheme and host of every `coco_url`.
+    options: for `fetch`: tries, timeout, backoff.
+
+    Raises DownloadError, or ValueError for arguments that COCO does not have.
     """
     if year not in YEARS or not set(splits) <= set(SPLITS) or (first is not None and first < 1):
         raise ValueError(f"{year=}, {splits=}, {first=}: COCO has {YEARS}, {SPLITS}, first >= 1")
@@ -66,49 +76,51 @@ def download_coco(root, year=2017, splits=SPLITS, first=None, base_url=BASE_URL,
 
 
 def _read_captions(path, first):
-    """Load a captions file, cut down to the `first` images in the order of their ids."""
+    """The content of a captions file, restricted to the `first` images ordered by id."""
     try:
         captions = json.loads(path.read_text(encoding="utf-8"))
         images = sorted(captions["images"], key=lambda image: image["id"])[:first]
         for image in images:
-            if not re.fullmatch(r"[\w-]+\.jpg", image["file_name"]):  # it becomes a path here
-                raise ValueError(f"{image['file_name']!r} is no plain file name")
+            if not re.fullmatch(r"[\w-]+\.jpg", image["file_name"]):  # it becomes part of a path
+                raise ValueError(f"{image['file_name']!r} is not a plain file name")
         ids = {image["id"] for image in images}
         annotations = [a for a in captions["annotations"] if a["image_id"] in ids]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DownloadError(f"{path} is not of COCO ({error!r}): delete it, run again") from error
+        raise DownloadError(f"{path} is not from COCO ({error!r}): delete it, run again") from error
     return {**captions, "images": images, "annotations": annotations}
 
 
 def _absent(captions, folder):
-    """The images that `folder` lacks. A file that is there is complete: it got its name last."""
+    """The images that are not in `folder`. Files there are complete: they are renamed last."""
     present = set(os.listdir(folder)) if folder.is_dir() else set()
     return [image for image in captions["images"] if image["file_name"] not in present]
 
 
 def _fetch_images(captions, folder, captions_file, base_url, options):
-    """Fetch single images, a few at a time, and write `captions` once all of them are there."""
+    """Fetch single images, eight at a time, then write `captions` to `captions_file`."""
     absent = _absent(captions, folder)
     urls = {folder / image["file_name"]: str(image.get("coco_url")) for image in absent}
     if base_url != BASE_URL:
         urls = {path: re.sub(r"^https?://[^/]*", base_url, url) for path, url in urls.items()}
     fetch_image = partial(fetch, **{"max_bytes": 2**25, "quiet": True, **options})
-    with ThreadPoolExecutor(max_workers=8) as pool:  # an error or Ctrl-C cancels those not begun
+    with ThreadPoolExecutor(max_workers=8) as pool:  # after an error or Ctrl-C, starts no more
         list(tqdm(pool.map(fetch_image, urls.values(), urls), folder.name, len(urls), disable=None))
-    part = Path(f"{captions_file}.part")
-    with _disk_errors(captions_file):
-        part.write_text(json.dumps(captions), encoding="utf-8")
-        os.replace(part, captions_file)
+    try:
+        with atomic_write(captions_file) as file:
+            file.write(json.dumps(captions).encode())
+    except OSError as error:  # its message is a complete sentence
+        raise DownloadError(error) from error
 
 
 class _Retry(Exception):
-    """A try that failed in a way that another one may cure."""
+    """A failed attempt that is worth repeating."""
 
 
 def fetch(url, path, tries=5, timeout=30, backoff=1.0, max_bytes=2**35, quiet=None):
-    """Download `url` to `path`, which appears only when complete; return `path`.
-    Bytes arrive in `path.part`. A later try, in this call or another, asks only for the rest,
-    provided that the server's ETag or date (kept in `path.part.tag`) shows the file unchanged.
+    """Download `url` to `path`, which appears only when complete; returns `path`.
+
+    Until then, the data is in `path.part`. A later attempt, in this call or another, requests only
+    the rest, provided that the server's ETag or date (stored in `path.part.tag`) is unchanged.
     """
     path, part, tag_file = Path(path), Path(f"{path}.part"), Path(f"{path}.part.tag")
     if path.exists():
@@ -123,55 +135,56 @@ def fetch(url, path, tries=5, timeout=30, backoff=1.0, max_bytes=2**35, quiet=No
             return path
         except _Retry as error:
             reason = error
-    problem = f"{url} did not arrive in {tries} tries ({reason})"
-    raise DownloadError(f"{problem}: check the network and run again, {part} is kept and resumed")
+    problem = f"{url} could not be downloaded in {tries} attempts ({reason})"
+    raise DownloadError(f"{problem}: check the network and run again, {part} will be resumed")
 
 
 def _stream(url, part, tag_file, timeout, max_bytes, quiet):
-    """One try: append to `part` what it still lacks, or write it afresh."""
+    """One attempt: append to `part` what is missing, or start it again."""
     tag = tag_file.read_text(encoding="latin-1") if tag_file.exists() else ""
     offset = part.stat().st_size if tag and part.exists() else 0
     wanted = {"Range": f"bytes={offset}-", "If-Range": tag} if offset else {}
     with _open(url, part, wanted, timeout) as response:
         length, kind = response.length or 0, response.headers.get_content_type()
-        if response.status != 206:  # no ranges here, or If-Range found that the file changed
+        if response.status != 206:  # the server has no ranges, or the file has changed
             offset = 0
         size = offset + length
         if not length or size > max_bytes or kind == "text/html":
-            problem = f"{url} offers {size:,} bytes of {kind} for {part.stem}, limit {max_bytes:,}"
-            raise DownloadError(f"{problem}: check the address, or sign in to your network first")
-        etag = response.headers.get("ETag", "")  # a weak one, W/"...", vouches for too little
+            problem = f"{url} has {size:,} bytes of {kind} for {part.stem}, limit {max_bytes:,}"
+            raise DownloadError(f"{problem}: check the address, or sign in to the network first")
+        etag = response.headers.get("ETag", "")  # a weak one, W/"...", does not identify bytes
         new_tag = etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
         span = response.headers["Content-Range"]
         if response.status == 206 and (tag, span) != (new_tag, f"bytes {offset}-{size - 1}/{size}"):
             part.unlink(missing_ok=True)
-            raise _Retry("the server answered with a piece of another file")
+            raise _Retry("the server sent another range, or one of another version")
         part.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(None, part.stem, size, initial=offset, unit="B", unit_scale=True, disable=quiet)
         with bar, open(part, "ab" if offset else "wb") as file:
-            tag_file.write_text(new_tag, encoding="latin-1")  # after the old bytes are gone
+            # After open(), so that the tag never describes bytes of an earlier version.
+            tag_file.write_text(new_tag, encoding="latin-1")
             while chunk := _read(response):
                 file.write(chunk)
                 bar.update(len(chunk))
     if part.stat().st_size != size:
-        raise _Retry(f"{part.stat().st_size:,} of {size:,} bytes arrived")
+        raise _Retry(f"received {part.stat().st_size:,} of {size:,} bytes")
 
 
 def _open(url, part, headers, timeout):
-    """Open `url` for reading; `_Retry` for what may pass, `DownloadError` for what will not."""
+    """Open `url`. Raises _Retry for temporary failures, DownloadError for permanent ones."""
     if not re.match(r"https?://", url):
-        raise DownloadError(f"{url!r} is refused for {part.stem}: give an http or https address")
+        raise DownloadError(f"{url!r} for {part.stem} is refused: only http and https are allowed")
     opener = urllib.request.build_opener()
-    opener.handle_open.pop("ftp", None)  # urllib would follow a redirect there
+    opener.handle_open.pop("ftp", None)  # urllib follows redirects to ftp
     try:
         return opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # `part` is not the beginning of what the server has now
+        if error.code == 416:  # `part` is longer than the file
             part.unlink(missing_ok=True)
         if error.code in (408, 416, 429) or error.code >= 500:
             raise _Retry(error) from error
-        problem = f"{url} for {part.stem} was answered {error.code} {error.reason}"
+        problem = f"{url} for {part.stem} failed with {error.code} {error.reason}"
         raise DownloadError(f"{problem}: check the year and the base url") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _Retry(error) from error
@@ -179,7 +192,7 @@ def _open(url, part, headers, timeout):
 
 def _read(response):
     try:
-        return response.read(2**16)  # small, so that a stall loses little
+        return response.read(2**16)  # small, because a timeout discards an incomplete chunk
     except (OSError, http.client.HTTPException) as error:
         raise _Retry(error) from error
 
@@ -189,14 +202,15 @@ def _disk_errors(path):
     try:
         yield
     except OSError as error:
-        problem = f"The disk refused {path} ({error.strerror or error}), what arrived is kept"
-        raise DownloadError(f"{problem}: free space there and run the same again") from error
+        problem = f"disk error with {path} ({error.strerror or error}), downloaded data is kept"
+        raise DownloadError(f"{problem}: free disk space and run the same command again") from error
 
 
 def unzip(path, folder, max_bytes=2**36, max_ratio=30, max_members=300_000):
-    """Unpack the zip at `path` into `folder`, then delete it.
-    Members unfold in a hidden folder and move into place only after all of them passed their CRC,
-    each by a rename: what stands in `folder` is whole at any time, and what else is there stays.
+    """Extract the zip at `path` to `folder`, then delete it.
+
+    Members are extracted to a hidden folder and renamed into place after all of them have passed
+    their CRC: files in `folder` are complete at any time. Other files there are kept.
     """
     path, folder = Path(path), Path(folder)
     scratch = folder / f".{path.name}.unzipping"  # on the same disk as its destination
@@ -206,7 +220,7 @@ def unzip(path, folder, max_bytes=2**36, max_ratio=30, max_members=300_000):
             size = sum(member.file_size for member in members)
             limit = min(max_bytes, max_ratio * path.stat().st_size)
             if size > limit or not 0 < len(members) <= max_members:
-                raise ValueError(f"{len(members):,} members, {size:,} bytes are out of its limits")
+                raise ValueError(f"{len(members):,} members, {size:,} bytes exceed the limits")
             for member in members:
                 safe = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*){0,8}/?", member.filename)
                 if not safe or stat.S_ISLNK(member.external_attr >> 16) or member.flag_bits & 1:
@@ -217,13 +231,13 @@ def unzip(path, folder, max_bytes=2**36, max_ratio=30, max_members=300_000):
             _move(scratch, folder)
         path.unlink()
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
-        raise DownloadError(f"{path} is no usable zip ({error}): delete it, run again") from error
+        raise DownloadError(f"{path} is not a valid zip ({error}): delete it, run again") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _move(source, target):
-    """Rename `source` to `target`; a folder that is there already receives its content."""
+    """Rename `source` to `target`, merging folders."""
     if source.is_dir() and target.is_dir():
         for child in list(source.iterdir()):
             _move(child, target / child.name)
@@ -234,7 +248,7 @@ def _move(source, target):
 def main():
     parser = argparse.ArgumentParser(description="Download COCO images and captions.")
     parser.add_argument("--year", type=int, default=2017, choices=YEARS)
-    parser.add_argument("--root", default="data/coco", help="folder that will hold the dataset")
+    parser.add_argument("--root", default="data/coco", help="folder for the dataset")
     parser.add_argument("--first", type=int, metavar="N", help="only N images of each split")
     parser.add_argument("--base-url", default=BASE_URL, help="a mirror of COCO's server")
     try:
@@ -243,7 +257,7 @@ def main():
     except (DownloadError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted: the .part files stay, the same command resumes") from None
+        raise SystemExit("\ninterrupted: run the same command again to resume") from None
 
 
 if __name__ == "__main__":

@@ -113,7 +113,9 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
     zeros = np.zeros_like(
         forward_batch(encoder, [transform(Image.new("RGB", (64, 64)))], device)[0]
     )
-    bar = tqdm(total=len(paths), initial=len(paths) - len(starts) * SHARD_SIZE, unit="img",
+    missing = sum(len(paths[start : start + SHARD_SIZE]) for start in starts)
+    check_space(folder, missing * zeros.nbytes)
+    bar = tqdm(total=len(paths), initial=len(paths) - missing, unit="img",
                desc="extracting features", mininterval=1, leave=False, file=sys.stdout,
                disable=not show_progress())  # fmt: skip
     for start in starts:
@@ -171,17 +173,21 @@ def write_shard(folder, start, features, bad):
     """Write the features and the bad images of one shard; the list of bad images comes first, so
     that a file of features is never there without it.
     """
-    need, free = features.nbytes, shutil.disk_usage(folder).free
-    if need > free:
-        raise OSError(
-            f"cannot write {need / 1e6:.0f} MB of features to {folder}: only {free / 1e6:.0f} MB "
-            "are free; free some space, or choose another --cache-dir"
-        )
     if bad:
         with atomic_write(bad_file(folder, start)) as file:
             file.write(json.dumps(bad).encode())
     with atomic_write(shard_file(folder, start)) as file:
         np.save(file, features)
+
+
+def check_space(folder, need):
+    """Raise OSError if the disk has no room for so many bytes of features."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(
+            f"cannot write {need / 1e6:.1f} MB of features to {folder}: only {free / 1e6:.1f} MB "
+            "are free; free some space, or choose another --cache-dir"
+        )
 
 
 def bad_file(folder, start) -> Path:

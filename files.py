@@ -33,13 +33,15 @@ def atomic_write(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0] or repr(cause)
         raise OSError(
             f"cannot write {path} ({reason}); the previous version, if there was one, is intact: "
             "free some disk space or check the permissions, then run the same command again"
         ) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none if it could not be opened
+            part.unlink()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ class Dropout(nn.Dropout):
 
     def forward(self, x):
         threshold = round(256 * self.p)
-        if x.device.type != "cpu" or not self.training or threshold == 0:
+        if x.device.type != "cpu" or not self.training or threshold in (0, 256):
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = bits.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold

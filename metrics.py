@@ -1,4 +1,4 @@
-"""How good are the captions? Perplexity, agreement with human captions, and diagnostics.
+"""Caption metrics: perplexity, scores against the references, and diagnostics.
 
 perplexity(total_nll, tokens)
 scores, per_image = caption_scores(candidates, references, tokenize, TOKENIZER)
@@ -15,39 +15,41 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 
 def perplexity(total_nll: float, tokens: int) -> float:
-    """exp(total negative log-likelihood in nats / number of real target tokens).
+    """exp(negative log-likelihood per target token).
 
-    Real targets are every word and `<end>`; pads and `<start>` are not. Sums go in, not batch
-    means, so that neither batch size nor processes change the result. As `<unk>` is easy to guess,
-    report its rate beside it. Raises ValueError without tokens.
+    total_nll: in nats, summed over all target tokens. A sum, because a mean of batch means would
+        depend on the batch size and on the number of processes.
+    tokens: how many these are: every word and `<end>`, but neither `<pad>` nor `<start>`.
+
+    `<unk>` is easy to predict, so report `unk_rate` as well. Raises ValueError if tokens is 0.
     """
     if tokens <= 0:
-        raise ValueError("perplexity needs at least one real target token")
-    return math.exp(min(total_nll / tokens, 700.0))  # above exp(709) a float overflows
+        raise ValueError("perplexity needs at least one target token")
+    return math.exp(min(total_nll / tokens, 700.0))  # exp(710) overflows
 
 
 def unk_rate(captions, known, tokenize) -> float:
-    """The share of the words in `captions` that are not in `known` (`<end>` not counted)."""
+    """The fraction of the words in `captions` that are not in `known`; `<end>` is not counted."""
     words = [word for caption in captions for word in tokenize(caption)]
     return sum(word not in known for word in words) / max(len(words), 1)
 
 
 def caption_scores(candidates, references, tokenize, tokenizer_name, java=False):
-    """Score one free-running caption per image against all its references.
+    """Score one generated caption per image against all of its references.
 
-    candidates: list of strings. references: for each, a list of strings.
-    tokenize: string -> words, used on both sides; `tokenizer_name` goes into the result, because
-        a score means little without it.
+    candidates: list of str; references: for each, a list of str.
+    tokenize: str -> list of words, for both sides; its name, `tokenizer_name`, becomes part of the
+        result, because scores are comparable only under the same tokenisation.
     java: also METEOR and SPICE, which are Java programs (SPICE downloads its models).
 
-    BLEU-1..4 (Papineni et al., 2002), ROUGE-L (Lin, 2004) and CIDEr-D (Vedantam et al., 2015) come
-    from pycocoevalcap, COCO's own code. BLEU and ROUGE-L are within 0..1, CIDEr-D within 0..10.
-    Returns the scores, and a list with each image's CIDEr-D. Raises ValueError if the two lists
-    do not match.
+    BLEU-1..4 (Papineni et al., 2002) and ROUGE-L (Lin, 2004) are between 0 and 1, CIDEr-D (Vedantam
+    et al., 2015) between 0 and 10; all are computed by pycocoevalcap, COCO's evaluation code.
+    Returns the scores, and a list with the CIDEr-D of each image. Raises ValueError if the lists do
+    not match.
     """
     if len(candidates) != len(references) or not candidates:
         raise ValueError(
-            f"{len(candidates)} captions for {len(references)} images: there must be one each"
+            f"{len(candidates)} captions for {len(references)} images: need one per image"
         )
     if not all(references):
         raise ValueError("every image needs at least one reference caption")
@@ -66,7 +68,7 @@ def caption_scores(candidates, references, tokenize, tokenizer_name, java=False)
 
 
 def java_scores(truth, result) -> dict:
-    """METEOR and SPICE where they can run; where not, None and the reason, never a crash."""
+    """METEOR and SPICE, both between 0 and 1; None, and the reason, for one that cannot run."""
     from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.spice.spice import Spice
 
@@ -77,23 +79,23 @@ def java_scores(truth, result) -> dict:
             continue
         try:
             scores[name] = float(scorer().compute_score(truth, result)[0])
-        except Exception as error:  # a foreign process or download: whatever fails, the rest counts
+        except Exception as error:  # of a subprocess or download; the other scores remain
             scores |= {name: None, f"{name} left out": f"{type(error).__name__}: {error}"}
     return scores
 
 
 def diagnostics(candidates, training_captions, words, tokenize) -> dict:
-    """What scores do not show: does the model repeat itself, or its training captions?
+    """How varied the captions are, and how many are copies of training captions.
 
-    distinct: share of different captions. seen in training: share found there word for word.
-    vocabulary used: number of different words, of `words` there are. mean length: in words.
+    distinct, copied from train: fractions of the captions. vocabulary used: number of different
+    words, out of vocabulary size. mean length: in words.
     """
-    spoken = [tuple(tokenize(caption)) for caption in candidates]
-    seen = {tuple(tokenize(caption)) for caption in training_captions}
+    captions = [tuple(tokenize(caption)) for caption in candidates]
+    known = {tuple(tokenize(caption)) for caption in training_captions}
     return {
-        "distinct": len(set(spoken)) / len(spoken),
-        "seen in training": mean(caption in seen for caption in spoken),
-        "vocabulary used": len({word for caption in spoken for word in caption}),
+        "distinct": len(set(captions)) / len(captions),
+        "copied from train": mean(caption in known for caption in captions),
+        "vocabulary used": len({word for caption in captions for word in caption}),
         "vocabulary size": len(words),
-        "mean length": mean(map(len, spoken)),
+        "mean length": mean(map(len, captions)),
     }

@@ -266,7 +266,7 @@ class CaptionModel(nn.Module):
             config = ModelConfig(**config | ({"precision": precision} if precision else {}))
             model = cls(words, config, weights=None)
             model.load_state_dict(checkpoint["model"])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} is not a checkpoint of this model ({type(error).__name__}: "
                 f"{str(error)[:300]}); train.py writes best.pt and last.pt"

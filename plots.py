@@ -1,4 +1,7 @@
-"""What several notebooks draw. Each takes data and an optional `ax`, and returns the ax."""
+"""Figures that several notebooks share.
+
+Each function takes data and, except for the grid, an optional `ax`, and returns the axes.
+"""
 
 import textwrap
 
@@ -9,25 +12,26 @@ COLOURS = (BLUE, ORANGE, GREY, "black")
 
 
 def image_grid(images, titles=None, columns=4, width=3.0, wrap=30, colours=None):
-    """Images (PIL or arrays) in rows of `columns`, each with a text below it; returns the axes."""
+    """Images (PIL or arrays) in rows of `columns`, each with a title below it."""
     rows = -(-len(images) // columns)
     lines = max((text_block(title, wrap).count("\n") + 1 for title in titles or [""]), default=1)
     height = rows * (width + 0.19 * lines + 0.25)
     fig, axes = plt.subplots(
         rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained"
     )
-    for place, ax in enumerate(axes.flat):
+    for index, ax in enumerate(axes.flat):
         ax.set_axis_off()
-        if place < len(images):
-            ax.imshow(images[place])
+        if index < len(images):
+            ax.imshow(images[index])
             if titles:
-                colour = colours[place] if colours else "black"
-                text = text_block(titles[place], wrap)
+                colour = colours[index] if colours else "black"
+                text = text_block(titles[index], wrap)
                 ax.set_title(text, y=0, va="top", pad=-6, fontsize=9, color=colour)
     return axes
 
 
 def text_block(text, wrap):
+    """Wrap each line at `wrap` characters."""
     return "\n".join(textwrap.fill(line, wrap) for line in text.split("\n"))
 
 
@@ -39,35 +43,35 @@ def bars(counts: dict, ax=None, xlabel="", ylabel="", horizontal=False, colour=B
         ax.barh(names[::-1], list(counts.values())[::-1], color=colour)
     else:
         ax.bar(names, list(counts.values()), color=colour)
-    return dress(ax, xlabel, ylabel)
+    return style_axes(ax, xlabel, ylabel)
 
 
 def curves(series: dict, ax=None, xlabel="", ylabel="", x=None, colours=COLOURS):
-    """One line with dots per entry of `series`: name -> values."""
+    """One line with markers per entry of `series`: name -> values, over 1, 2, 3 ... or `x`."""
     ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
     for (name, values), colour in zip(series.items(), colours, strict=False):
         ax.plot(x or range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=name)
     if len(series) > 1:
         ax.legend(frameon=False)
-    return dress(ax, xlabel, ylabel)
+    return style_axes(ax, xlabel, ylabel)
 
 
-def dress(ax, xlabel, ylabel):
+def style_axes(ax, xlabel, ylabel):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def token_table(rows: dict, ax=None):
-    """Sequences under each other, one box per token: name -> tokens ("" leaves a gap)."""
+    """One row per sequence, one box per token: name -> tokens ("" leaves a gap)."""
     width = max(map(len, rows.values()))
     ax = ax or plt.subplots(figsize=(0.9 * width + 1, 0.55 * len(rows) + 0.2))[1]
-    for line, (name, tokens) in enumerate(rows.items()):
-        ax.text(-0.65, -line, name, ha="right", va="center", weight="bold")
-        for place, token in enumerate(tokens):
+    for row, (name, tokens) in enumerate(rows.items()):
+        ax.text(-0.65, -row, name, ha="right", va="center", weight="bold")
+        for column, token in enumerate(tokens):
             if token:
-                box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": (BLUE, ORANGE)[line % 2]}
-                ax.text(place, -line, token, ha="center", va="center", fontsize=9, bbox=box)
+                box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": (BLUE, ORANGE)[row % 2]}
+                ax.text(column, -row, token, ha="center", va="center", fontsize=9, bbox=box)
     ax.set(xlim=(-1.5, width - 0.4), ylim=(0.6 - len(rows), 0.6))
     ax.set_axis_off()
     return ax

@@ -1,13 +1,14 @@
 """How fast is every stage, and how much faster than the classic captioning loop?
 
-    python benchmarks/bench.py                                   # on data of its own, 8 minutes
+    python benchmarks/bench.py                                   # on made-up data, 8 minutes
     python benchmarks/bench.py --images photos --captions captions.json
     python benchmarks/bench.py --quick                           # does it run? no meaningful number
     python benchmarks/bench.py --coco                            # instead: a split of COCO's size
 
-Prints a table and writes it into `--out`: bench.json and scaling.png, or coco.json. This project
-and the classic loop (classic.py) take turns in short rounds whose medians are compared, so that
-whatever else the machine does slows down both. Runs on the GPU if there is one.
+Prints a table and writes it to `--out`: bench.json and scaling.png, or coco.json. This project and
+the classic loop (classic.py) run in short interleaved rounds whose medians are compared, so that
+other load on the machine slows down both. Runs on the GPU if there is one. Each row states the
+precision of this project's side; the classic loop computes in float32.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# The project's modules lie one folder up, where `python benchmarks/bench.py` would not look.
+# The project's modules are one folder up, where `python benchmarks/bench.py` does not search.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import matplotlib
@@ -30,28 +31,28 @@ import torch
 from coco_size import coco
 from made_data import make_data, write_captions
 from measure import (
-    alternate,
+    compare,
+    compare_with_peak,
     forward_flops,
+    fraction_of_limit,
+    make_row,
     memory_rows,
     padding_row,
+    precision_of,
     progress,
-    share_of_limit,
     timed,
     training_flops,
-    with_share,
 )
 from stages import (
     Setting,
     data,
-    in_int8,
-    ours_decoding,
-    ours_forward,
-    ours_training,
-    ours_vocabulary,
-    trainer,
+    decoding,
+    encoder_forward,
+    int8_name,
+    training,
+    training_run,
+    vocabulary,
 )
-
-from distributed import fast_precision
 
 EPOCHS = 10  # of the whole run that is extrapolated
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
@@ -71,15 +72,15 @@ def main(arguments=None):
     file.write_text(json.dumps(report, indent=2))
     print(f"\nWritten: {file}", end="")
     if "scaling" in report:
-        draw_scaling(report["scaling"], out / "scaling.png")
+        plot_scaling(report["scaling"], out / "scaling.png")
         print(f", {out / 'scaling.png'}", end="")
     print()
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description="Time every stage against the classic loop.")
-    parser.add_argument("--images", help="folder of photos; without it, the data is made up")
-    parser.add_argument("--captions", help="their captions, a JSON in COCO's format")
+    parser = argparse.ArgumentParser(description="Compare every stage with the classic loop.")
+    parser.add_argument("--images", help="folder of images; without it, the data is made up")
+    parser.add_argument("--captions", help="their captions, a JSON file in COCO's format")
     parser.add_argument("--backbone", default="resnet50", help="any torchvision network")
     parser.add_argument("--weights", default="none", help="torchvision's name, a file, or none")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
@@ -92,19 +93,19 @@ def parse(arguments):
 
 
 def prepare(args, folder):
-    """(what to work on, in words where it is from); data is made up in `folder` if need be."""
+    """(the Setting, a description of its data); made-up data is written to `folder`."""
     if args.images:
         images, captions = args.images, args.captions
-        source = f"{Path(args.captions).name}, with its photos"
+        source = f"{Path(args.captions).name}, with its images"
     else:
-        progress("making up photos and captions")
+        progress("making up images and captions")
         images, captions = make_data(folder, args.quick)
-        source = "made up: drawn photos of 640x480 pixels, random captions of COCO's lengths"
+        source = "made up: images of 640x480 pixels, random captions of COCO's lengths"
     weights = None if args.weights.lower() == "none" else args.weights
     setting = Setting(folder, images, captions, args.backbone, weights)
     if args.quick:
-        setting = replace(setting, batch_size=4, tokenised=1_000, decoded=16)
-        source += "; tiny sizes, the numbers mean nothing"
+        setting = replace(setting, batch_size=4, tokenized=1_000, decoded=16)
+        source += "; tiny sizes, the numbers are meaningless"
     return setting, source
 
 
@@ -112,110 +113,96 @@ def all_stages(setting, quick):
     """Measure everything; the parts of the report."""
     seconds = 0.1 if quick else 1
     first = ("vocabulary, first start", "vocabulary, later starts", "image pipeline")
-    rows = [alternate(setting, stage, seconds) for stage in first]
-    rows += encoding_rows(setting, seconds)
+    rows = [compare(setting, stage, seconds) for stage in first]
+    rows += feature_rows(setting, seconds)
     rows += training_rows(setting, seconds)
-    rows += [alternate(setting, stage, seconds) for stage in ("greedy decoding", "beam 3 decoding")]
+    rows += [compare(setting, stage, seconds) for stage in ("greedy decoding", "beam 3 decoding")]
     rows += whole_runs(setting, rows)
-    encoding_rate = next(row["ours"] for row in rows if row["stage"] == "encoding")
+    extraction_rate = next(row["ours"] for row in rows if row["stage"] == "feature extraction")
     sizes = (100, 200) if quick else (1_000, 2_000, 4_000, 6_000)
-    costs = scaling(setting, sizes, seconds, encoding_rate)
+    costs = scaling(setting, sizes, seconds, extraction_rate)
     rows += memory_rows(setting)
     return {"rows": rows, "scaling": costs}
 
 
-def encoding_rows(setting, seconds):
-    precision = default_precision(setting.device)
+def feature_rows(setting, seconds):
     flops = forward_flops(setting)
-    forward = with_share(setting, "encoder forward", seconds, precision, lambda _: flops)
-    ready = ours_forward(setting)
+    forward = compare_with_peak(setting, "encoder forward", seconds, lambda _: flops)
+    work = encoder_forward(setting)
 
     def forward_alone(seconds):
-        count = max(round(seconds * forward["ours"]), ready.smallest)
-        return timed(ready.run, count, setting.device)[0]
+        count = max(round(seconds * forward["ours"]), work.smallest)
+        return timed(work.run, count, setting.device)[0]
 
-    # Three rounds, as each is long.
-    whole = alternate(setting, "encoding", seconds, rounds=3, limit=forward_alone)
-    whole["of_limit"] = share_of_limit(whole)
-    whole["note"] = "limit: the encoder's forward pass alone, by turns"
+    # Three rounds, because each is long.
+    whole = compare(setting, "feature extraction", seconds, rounds=3, limit=forward_alone)
+    whole["of_limit"] = fraction_of_limit(whole)
+    whole["note"] = "limit: the encoder's forward pass alone, interleaved"
     rows = [forward, whole]
-    if setting.device.type == "cpu" and in_int8(setting.backbone):
-        rows.append(alternate(setting, "encoding, int8", seconds, rounds=3))
-        rows[-1]["note"] = f"--backbone {in_int8(setting.backbone)}"
+    if setting.device.type == "cpu" and int8_name(setting.backbone):
+        rows.append(compare(setting, "feature extraction, int8", seconds, rounds=3))
+        rows[-1]["note"] = f"--backbone {int8_name(setting.backbone)}"
     return rows
 
 
 def training_rows(setting, seconds):
-    """The project's own precision first, and float32 too where that is another."""
-    precision = default_precision(setting.device)
-    stages = {"training step": precision, "training step, float32": "float32"}
-    if precision == "float32":
-        del stages["training step, float32"]
-
-    def flops(batches):
-        return training_flops(trainer(setting), batches)
-
-    rows = [with_share(setting, stage, seconds, kind, flops) for stage, kind in stages.items()]
-    return [*rows, padding_row(trainer(setting), setting.batch_size)]
-
-
-def default_precision(device):
-    """What the project computes in on this device."""
-    with fast_precision(device):
-        return "bfloat16" if torch.is_autocast_enabled(device.type) else "float32"
+    """In the project's default precision, and in float32 too where that is another one."""
+    rows = []
+    for stage, precision in (("training step", "auto"), ("training step, float32", "float32")):
+        if rows and precision_of(setting, stage) == rows[0]["precision"]:
+            continue
+        run = training_run(setting, precision)
+        rows.append(
+            compare_with_peak(setting, stage, seconds, lambda n, run=run: training_flops(run, n))
+        )
+    return [*rows, padding_row(training_run(setting))]
 
 
-# ---------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------- the whole run
 
 
 def whole_runs(setting, rows):
-    """Minutes of a whole run, put together from the measured rates; validation is left out."""
-    images, captions = len(data(setting)), sum(map(len, data(setting).captions))
+    """Minutes of a whole run, extrapolated from the measured rates; without validation."""
+    images, captions = len(data(setting)), len(data(setting).all_captions)
     rate = {row["stage"]: row for row in rows}
 
-    def minutes(side, *encoding):
-        seconds = captions / rate["vocabulary, first start"][side] + sum(encoding)
+    def minutes(side, extraction=0.0):
+        seconds = captions / rate["vocabulary, first start"][side] + extraction
         return (seconds + EPOCHS * captions / rate["training step"][side]) / 60
 
-    other = minutes("classic")
-    runs = []
-    for encoding in ("encoding", "encoding, int8"):
-        if encoding not in rate:
-            continue
-        ours = minutes("ours", images / rate[encoding]["ours"])
-        runs.append({
-            "stage": f"whole run, {EPOCHS} epochs{encoding.removeprefix('encoding')}",
-            "unit": "minutes", "ours": ours, "classic": other, "ratio": other / ours,
-            "of_limit": None, "note": f"extrapolated: {images:,} images, {captions:,} captions",
-        })  # fmt: skip
+    runs, other = [], minutes("classic")
+    for stage in ("feature extraction", "feature extraction, int8"):
+        if stage in rate:
+            ours = minutes("ours", images / rate[stage]["ours"])
+            runs.append(make_row(
+                f"whole run, {EPOCHS} epochs{stage.removeprefix('feature extraction')}", "minutes",
+                ours, other, other / ours, rate["training step"]["precision"],
+                note=f"extrapolated: {images:,} images, {captions:,} captions",
+            ))  # fmt: skip
     return runs
 
 
-def scaling(setting, sizes, seconds, encoding_rate):
+def scaling(setting, sizes, seconds, extraction_rate):
     """Seconds that each stage takes for so many images, five captions each.
 
-    The vocabulary is really built. Encoding follows from the rate measured before, an epoch from a
-    few batches of that size's own loader, decoding from 128 of its images.
+    The vocabulary is built. Feature extraction follows from the rate measured before, an epoch from
+    a few batches of that size's own loader, decoding from 128 of its images.
     """
-    costs = {"vocabulary": [], "encoding (estimated)": [], "one epoch (extrapolated)": [],
-             "beam 3 decoding (extrapolated)": []}  # fmt: skip
+    costs = {"vocabulary": [], "feature extraction (estimated)": [],
+             "one epoch (extrapolated)": [], "beam 3 decoding (extrapolated)": []}  # fmt: skip
     for size in sizes:
         progress(f"scaling: {size:,} images")
         file = Path(setting.folder) / f"captions-{size}.json"
         write_captions(file, size)
-        this = replace(setting, images=setting.folder, captions=str(file), tokenised=5 * size)
+        this = replace(setting, images=setting.folder, captions=str(file), tokenized=5 * size)
         rates = []
-        for work in (
-            ours_vocabulary(False, this),
-            ours_training(this),
-            ours_decoding(3, this, 128),
-        ):
+        for work in (vocabulary(False, this), training("auto", this), decoding(3, this, 128)):
             first, took = timed(work.run, work.smallest, this.device)
             count = min(max(round(work.smallest * seconds / took), work.smallest), work.largest)
             rates.append(max(first, timed(work.run, count, this.device)[0]))
-        vocabulary, training, decoding = rates
-        taken = (5 * size / vocabulary, size / encoding_rate, 5 * size / training, size / decoding)
-        for cost, value in zip(costs.values(), taken, strict=True):
+        words, steps, beams = rates
+        spent = (5 * size / words, size / extraction_rate, 5 * size / steps, size / beams)
+        for cost, value in zip(costs.values(), spent, strict=True):
             cost.append(value)
     return {"images": list(sizes), "seconds": costs}
 
@@ -243,12 +230,12 @@ def describe(report):
 
 
 def table(rows):
-    head = ("stage", "this project", "classic", "", "ratio", "of limit", "")
+    head = ("stage", "precision", "this project", "classic", "", "ratio", "of limit", "")
     lines = [head, *map(cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if column in (1, 2, 4, 5) else cell.ljust(width)
+            cell.rjust(width) if column in (2, 3, 5, 6) else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -257,9 +244,9 @@ def table(rows):
 
 def cells(row):
     ratio = f"{number(row['ratio'])}x" if row["ratio"] else ""
-    share = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
-    return (row["stage"], number(row["ours"]), number(row["classic"]), row["unit"], ratio, share,
-            row["note"])  # fmt: skip
+    fraction = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
+    return (row["stage"], row["precision"] or "", number(row["ours"]), number(row["classic"]),
+            row["unit"], ratio, fraction, row["note"])  # fmt: skip
 
 
 def number(value):
@@ -268,8 +255,8 @@ def number(value):
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def draw_scaling(costs, path):
-    matplotlib.use("Agg")  # draws into a file, without a screen
+def plot_scaling(costs, path):
+    matplotlib.use("Agg")  # renders to a file, without a display
     from plots import curves, plt
 
     ax = plt.subplots(figsize=(9, 4), layout="constrained")[1]

@@ -1,9 +1,9 @@
-"""The classic captioning loop, small and plain: what bench.py measures this project against.
+"""The classic captioning loop, small and plain: what bench.py compares this project with.
 
-Tutorials train the same CNN + LSTM in these steps, and so does this file, which nothing but the
-benchmark uses: every caption opens and resizes its photo anew, the CNN sees it in every training
-step in float32, batches are random and their padding goes through the last layer into the loss,
-the captions are tokenised at every start, and images are captioned one by one.
+Tutorials train the same CNN and LSTM in these steps, and so does this file, which only the
+benchmark uses: every caption opens and resizes its image again, every training step runs the CNN in
+float32, batches are random and the vocabulary projection and the loss include their padding, the
+captions are tokenized at every start, and images are captioned one by one.
 
     loop = ClassicLoop(paths, captions, backbone="resnet50", device="cpu")
     loop.step()                                          # 64 captions
@@ -20,9 +20,8 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from model import build_backbone
-
-PAD, START, END, UNK = 0, 1, 2, 3
+from backbones import build_backbone
+from vocabulary import END, PAD, START, UNK
 
 
 def transform():
@@ -40,12 +39,12 @@ def open_image(path):
     return Image.open(path).convert("RGB")
 
 
-def tokenise(captions, threshold=5):
-    """(number of words, indices of every caption); the captions are split twice, as usual."""
+def tokenize(captions, threshold=5):
+    """(number of words, indices of every caption); the captions are tokenized twice, as usual."""
     tokenizer = TreebankWordTokenizer()
     counts = Counter(word for text in captions for word in tokenizer.tokenize(text.lower()))
     words = [word for word, count in counts.items() if count >= threshold]
-    index = {word: place for place, word in enumerate(words, start=4)}
+    index = {word: i for i, word in enumerate(words, start=4)}
     ids = []
     for text in captions:
         known = [index.get(word, UNK) for word in tokenizer.tokenize(text.lower())]
@@ -54,8 +53,8 @@ def tokenise(captions, threshold=5):
 
 
 class Decoder(nn.Module):
-    """The image is the LSTM's first input and predicts `<start>`; layers are named as in model.py,
-    so that either decoder can take the other's weights.
+    """The image is the LSTM's first input and predicts `<start>`. Layers are named as in model.py,
+    so that each decoder can load the other's weights.
     """
 
     def __init__(self, embed_size, hidden_size, vocab_size):
@@ -72,14 +71,14 @@ class Decoder(nn.Module):
 
 
 class ClassicLoop:
-    """Training as it is usually written; `paths` and `captions` go by caption, not by image."""
+    """Training as it is usually written; `paths` and `captions` have one entry per caption."""
 
     def __init__(self, paths, captions, backbone="resnet50", device="cpu", embed_size=512,
                  hidden_size=512, batch_size=64):  # fmt: skip
         self.paths, self.device, self.batch_size = paths, torch.device(device), batch_size
-        vocab_size, self.ids = tokenise(captions)
+        vocab_size, self.ids = tokenize(captions)
         self.transform, self.rng = transform(), np.random.default_rng(0)
-        # Frozen by its weights alone: in train mode BatchNorm still uses and updates statistics.
+        # Only the weights are frozen: in train mode BatchNorm uses and updates batch statistics.
         self.cnn = build_backbone(backbone, None).requires_grad_(False).to(device).train()
         with torch.no_grad():
             image = torch.zeros(2, 3, 224, 224, device=device)
@@ -89,21 +88,21 @@ class ClassicLoop:
         self.weights = [*self.embed.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.Adam(self.weights, lr=1e-3)
 
-    def load_images(self, places):
-        return torch.stack([self.transform(self.paths[place]) for place in places])
+    def load_images(self, indices):
+        return torch.stack([self.transform(self.paths[index]) for index in indices])
 
     def encode(self, images):
-        """(B, 3, 224, 224) -> (B, feature_size), in float32 and ordinary memory order."""
+        """(B, 3, 224, 224) -> (B, feature_size), in float32 and the default memory format."""
         return self.cnn(images.to(self.device)).flatten(1)
 
     def batch(self):
         """Random captions, padded to the longest: (B, 3, 224, 224), (B, T)."""
-        places = self.rng.choice(len(self.ids), self.batch_size, replace=False)
-        captions = [torch.tensor(self.ids[place]) for place in places]
-        return self.load_images(places), nn.utils.rnn.pad_sequence(captions, batch_first=True)
+        indices = self.rng.choice(len(self.ids), self.batch_size, replace=False)
+        captions = [torch.tensor(self.ids[index]) for index in indices]
+        return self.load_images(indices), nn.utils.rnn.pad_sequence(captions, batch_first=True)
 
     def step(self):
-        """One step of training; returns the loss, which these loops print every time."""
+        """One training step; returns the loss, which these loops print in every step."""
         images, captions = self.batch()
         captions = captions.to(self.device)
         logits = self.decoder(self.embed(self.encode(images)), captions)
@@ -116,7 +115,7 @@ class ClassicLoop:
 
 
 def padding(lengths, batch_size=64, seed=0):
-    """The share of padding among the targets when captions are drawn at random."""
+    """The fraction of padding among the targets of randomly composed batches."""
     order = np.random.default_rng(seed).permutation(lengths)
     batches = np.split(order, range(batch_size, len(order), batch_size))
     positions = sum(len(batch) * (batch.max() - 1) for batch in batches)
@@ -126,22 +125,22 @@ def padding(lengths, batch_size=64, seed=0):
 # ---------------------------------------------------------------------------- decoding
 
 
-def read(decoder, inputs, state):
+def step(decoder, inputs, state):
     """One step of the LSTM: (k, embed_size) -> log-probabilities (k, vocab_size), new state."""
     hidden, state = decoder.lstm(inputs.unsqueeze(1), state)
     logits = decoder.linear(hidden[:, 0])
-    logits[:, [PAD, START, UNK]] = -torch.inf  # as model.py does, so that both say the same
+    logits[:, [PAD, START, UNK]] = -torch.inf  # as in decoding.py
     return logits.log_softmax(-1), state
 
 
 @torch.no_grad()
 def greedy(decoder, feature, max_len=20):
-    """The likeliest word after word for one image (1, embed_size)."""
+    """The most probable word at each step, for one image (1, embed_size)."""
     _, state = decoder.lstm(feature.unsqueeze(1))
     word, words = torch.tensor([START], device=feature.device), []
     for _ in range(max_len):
-        scores, state = read(decoder, decoder.embedding(word), state)
-        word = scores.argmax(1)
+        log_probs, state = step(decoder, decoder.embedding(word), state)
+        word = log_probs.argmax(1)
         if word.item() == END:
             break
         words.append(word.item())
@@ -150,9 +149,10 @@ def greedy(decoder, feature, max_len=20):
 
 @torch.no_grad()
 def beam(decoder, feature, beam_size=3, max_len=20):
-    """Beam search for one image (1, embed_size), each beam a Python list.
+    """Beam search for one image (1, embed_size), with Python lists.
 
-    The beam shrinks by one with each caption that ends; the best by mean log-probability wins.
+    The beam shrinks by one with each caption that ends; the one with the highest mean
+    log-probability is returned.
     """
     _, state = decoder.lstm(feature.unsqueeze(1))
     beams, ended = [([START], 0.0, state)], []
@@ -160,9 +160,10 @@ def beam(decoder, feature, beam_size=3, max_len=20):
         longer = []
         for words, score, state in beams:
             last = torch.tensor(words[-1:], device=feature.device)
-            scores, state = read(decoder, decoder.embedding(last), state)
-            for gain, word in zip(*(x.tolist() for x in scores[0].topk(beam_size)), strict=True):
-                longer.append(([*words, word], score + gain, state))
+            log_probs, new_state = step(decoder, decoder.embedding(last), state)
+            values, indices = log_probs[0].topk(beam_size)
+            for value, word in zip(values.tolist(), indices.tolist(), strict=True):
+                longer.append(([*words, word], score + value, new_state))
         longer.sort(key=lambda item: -item[1])
         longer = longer[: beam_size - len(ended)]
         ended += [item for item in longer if item[0][-1] == END]

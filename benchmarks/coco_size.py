@@ -1,4 +1,4 @@
-"""A made-up training set of COCO's size: from "the features exist" to training, and its memory.
+"""A made-up training set of COCO's size: from computed features to training, and its memory.
 
 report = coco(setting, quick=False)      # as `bench.py --coco` does
 """
@@ -10,75 +10,74 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from made_data import write_captions, write_features
-from measure import alone, peak_memory, progress, timed
-from stages import encoder, new_trainer
+from made_data import write_captions
+from measure import make_row, peak_memory, progress, run_in_new_process, timed
+from stages import cache_random_features, train_config, train_last_batches
 
-import train
+import run as run_module
 
 COCO = {"images": 123_287, "captions": 616_767, "words": 10_000}
-PHASES = ((train, "CaptionData"), (train, "pack"), (train, "build_model"),
-          (train, "get_loader"))  # fmt: skip
+PHASES = ("CocoCaptions", "tokenize_all", "CaptionModel", "extract_features", "train_loader")
 
 
 def coco(setting, quick):
-    """From "the features exist" to training, for as many images and captions as COCO has."""
+    """From computed features to training, with as many images and captions as COCO has."""
     size = {"images": 1_000, "captions": 5_003, "words": 1_000} if quick else COCO
-    images, folder = size["images"], Path(setting.folder)
-    progress(f"making up {size['captions']:,} captions, and the features of {images:,} images")
-    write_captions(folder / "coco.json", **size)
-    write_features(folder / f"features-{images}.npy", images, encoder(setting).feature_size)
-    setting = replace(setting, images=str(folder), captions=str(folder / "coco.json"))
-    progress("a process of its own reads them and trains")
-    rows = alone(coco_run, setting, 20 if quick else 100)
-    return {"rows": [plain_row(*row) for row in rows]}
+    captions = Path(setting.folder) / "coco.json"
+    progress(f"writing {size['captions']:,} captions, and features of {size['images']:,} images")
+    write_captions(captions, **size)
+    setting = replace(setting, images=setting.folder, captions=str(captions))
+    run_in_new_process(cache_random_features, train_config(setting))
+    for cached in Path(setting.folder).glob("captions-*.npz"):
+        cached.unlink()  # the first start tokenizes the captions
+    progress("a new process reads them and trains")
+    return {"rows": run_in_new_process(coco_run, setting, 20 if quick else 100)}
 
 
 def coco_run(setting, steps):
-    """(stage, unit, value, note) of each phase; on a GPU `steps` is a whole epoch."""
-    laps = {}
+    """A row per phase of the start, then those of the training; on a GPU `steps` is an epoch."""
+    seconds_of = {}
     start = time.perf_counter()
-    with contextlib.ExitStack() as watches:
-        for owner, name in PHASES:
-            watches.enter_context(stopwatch(owner, name, laps))
-        run = new_trainer(setting)
+    with contextlib.ExitStack() as stopwatches:
+        for name in PHASES:
+            stopwatches.enter_context(stopwatch(run_module, name, seconds_of))
+        run = run_module.build_run(train_config(setting))
     built = time.perf_counter() - start
-    run.last_batches(run.options.accumulate)
+    train_last_batches(run, run.config.grad_accum_steps)
     ready, memory = time.perf_counter() - start, peak_memory()
-    epoch = len(run.train_loader)
+    epoch, captions = len(run.train_loader), len(run.train_loader.dataset)
     steps = epoch if setting.device.type == "cuda" else min(steps, epoch)
-    rate, seconds = timed(run.last_batches, steps, setting.device)
-    captions = len(run.train_loader.dataset)
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
-    return [
-        *((f"  {name}", "s", lap, "") for name, lap in laps.items()),
-        ("first optimizer step", "s", ready - built, ""),
-        ("start to first step, in all", "s", ready, f"{captions:,} captions"),
-        ("peak memory by then", "MB", memory, ""),
-        ("training", "captions/s", rate, f"{steps:,} of {epoch:,} batches, {seconds:.0f} s"),
-        ("one epoch", "minutes", captions / rate / 60,
-         "measured" if steps == epoch else "extrapolated"),
-        ("peak memory", "MB", peak_memory(), "with the pages read of the mapped features"),
-        *([("peak memory of the GPU", "MB", gpu, "")] if gpu else []),
+    rate, seconds = timed(lambda count: train_last_batches(run, count), steps, setting.device)
+    rows = [
+        *(make_row(f"  {name}", "s", seconds) for name, seconds in seconds_of.items()),
+        make_row("first optimizer step", "s", ready - built, precision=run.precision),
+        make_row("start to first step, in total", "s", ready, note=f"{captions:,} captions"),
+        make_row("peak memory by then", "MB", memory),
+        make_row("training", "captions/s", rate, precision=run.precision,
+                 note=f"{steps:,} of {epoch:,} batches, {seconds:.0f} s"),
+        make_row("one epoch", "minutes", captions / rate / 60, precision=run.precision,
+                 note="measured" if steps == epoch else "extrapolated"),
+        make_row("peak memory", "MB", peak_memory(),
+                 note="including the pages of the memory-mapped features that were read"),
     ]  # fmt: skip
+    if torch.cuda.is_available():
+        rows.append(
+            make_row("peak memory of the GPU", "MB", torch.cuda.max_memory_allocated() / 2**20)
+        )
+    return rows
 
 
 @contextlib.contextmanager
-def stopwatch(owner, name, laps):
-    """Add up in `laps` the seconds that `owner.name` takes whenever it is called."""
+def stopwatch(owner, name, seconds_of):
+    """Add up in `seconds_of` the time that `owner.name` takes whenever it is called."""
     function = getattr(owner, name)
 
-    def watched(*args, **kwargs):
+    def timed_function(*args, **kwargs):
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
-            laps[name] = laps.get(name, 0.0) + time.perf_counter() - start
+            seconds_of[name] = seconds_of.get(name, 0.0) + time.perf_counter() - start
 
-    with mock.patch.object(owner, name, watched):
+    with mock.patch.object(owner, name, timed_function):
         yield
-
-
-def plain_row(stage, unit, value, note):
-    return {"stage": stage, "unit": unit, "ours": value, "classic": None, "ratio": None,
-            "of_limit": None, "note": note}  # fmt: skip

@@ -1,22 +1,21 @@
-"""The stages that bench.py times: for each a piece of work by this project, and the classic one.
+"""The stages that bench.py measures: for each the work of this project, and the classic one.
 
-    ours, classic = STAGES["encoding"]
-    work = ours(setting)     # prepared, not yet begun
-    work.run(200)            # do it for 200 images; returns how many it did
+    stage = STAGES["feature extraction"]
+    work = stage.ours(setting)     # prepared, not started
+    work.run(200)                  # for 200 images; returns how many were processed
 
-Training goes through `Trainer` and captioning through `caption_split`: what train.py runs is timed.
+What is measured is what train.py runs: `extract_features`, `train_one_epoch`, `caption_images`.
 """
 
 import contextlib
 import io
 import itertools
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
+from typing import NamedTuple
 
 import classic
 import numpy as np
@@ -24,29 +23,39 @@ import torch
 from made_data import end_at_length, write_captions, write_features
 from torchvision.models import list_models, quantization
 
-from data_loader import CaptionData, get_loader
-from distributed import fast_precision, pick_device
-from engine import caption_split
-from features import encode_images, keep_freed_memory, suitable_batch, without_batch_norm
-from model import EncoderCNN, eval_transform
-from options import Options
-from train import Trainer, build_model
-from vocabulary import Vocabulary, pack
+from coco import CocoCaptions
+from config import TrainConfig
+from data_loader import image_loader, tokenize_all
+from distributed import pick_device
+from evaluate import caption_images
+from features import (
+    default_batch_size,
+    extract_features,
+    fingerprint,
+    forward_batch,
+    optimized_for_inference,
+    reuse_freed_memory,
+)
+from images import eval_transform
+from model import CaptionModel, EncoderCNN
+from run import build_model, build_run
+from train import train_one_epoch
+from vocabulary import Vocabulary
 
-SIZES = {"embed_size": Options.embed_size, "hidden_size": Options.hidden_size}  # of both decoders
+SIZES = {"embed_size": TrainConfig.embed_size, "hidden_size": TrainConfig.hidden_size}
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a stage works on; small, so that it can be sent to another process."""
 
-    folder: str  # a temporary one, for all that is written
+    folder: str  # a temporary one, for all files that are written
     images: str
     captions: str
     backbone: str = "resnet50"
     weights: str | None = None
     batch_size: int = 64
-    tokenised: int = 25_000  # captions in the vocabulary stage
+    tokenized: int = 25_000  # captions in the vocabulary stage
     decoded: int = 1_000  # images in the decoding stages
 
     @property
@@ -56,7 +65,7 @@ class Setting:
 
 @dataclass
 class Work:
-    """`run(n)` works on n units and returns the number of items that this came to."""
+    """`run(n)` works on n units and returns the number of items in them."""
 
     run: Callable[[int], int]
     smallest: int  # units of the first, untimed round
@@ -65,40 +74,40 @@ class Work:
 
 @cache
 def data(setting):
-    return CaptionData(setting.images, setting.captions)
-
-
-def texts(setting):
-    return [text for captions in data(setting).captions for text in captions]
+    return CocoCaptions(setting.images, setting.captions)
 
 
 def some_paths(setting, count):
-    """`count` photos, over again if there are fewer."""
+    """`count` image files, repeated if there are fewer."""
     return list(itertools.islice(itertools.cycle(data(setting).paths), count))
 
 
-# ---------------------------------------------------------------------------- vocabulary, encoding
+def hide_output():
+    return contextlib.redirect_stdout(io.StringIO())
 
 
-def ours_vocabulary(warm, setting):
-    """From captions to a vocabulary and every caption's indices; `warm`: once more."""
-    captions = texts(setting)[: setting.tokenised]
+# ---------------------------------------------------------------------------- vocabulary, images
+
+
+def vocabulary(warm, setting):
+    """From captions to a vocabulary and the indices of every caption; `warm`: from the cache."""
+    captions = data(setting).all_captions[: setting.tokenized]
 
     def run(count):
         with TemporaryDirectory(dir=setting.folder) as empty:
-            packed = pack(captions[:count], setting.folder if warm else empty)
-        _, lengths = Vocabulary.from_counts(packed.counts(), threshold=5).encode_all(packed)
+            tokenized = tokenize_all(captions[:count], setting.folder if warm else empty)
+        _, lengths = tokenized.encode(Vocabulary.from_counts(tokenized.counts(), threshold=5))
         return len(lengths)
 
     return Work(run, len(captions), len(captions))
 
 
 def classic_vocabulary(setting):
-    captions = texts(setting)[: setting.tokenised]
-    return Work(lambda count: len(classic.tokenise(captions[:count])[1]), 500, len(captions))
+    captions = data(setting).all_captions[: setting.tokenized]
+    return Work(lambda count: len(classic.tokenize(captions[:count])[1]), 500, len(captions))
 
 
-def load(make_transform, setting):
+def load_images(make_transform, setting):
     transform = make_transform()
 
     def run(count):
@@ -109,11 +118,129 @@ def load(make_transform, setting):
     return Work(run, 4, 1024)
 
 
+# ---------------------------------------------------------------------------- features
+
+
 @cache
 def encoder(setting):
     torch.manual_seed(0)
-    cnn = EncoderCNN(Options.embed_size, setting.backbone, setting.weights)
-    return cnn.to(setting.device).eval()
+    network = EncoderCNN(SIZES["embed_size"], setting.backbone, setting.weights)
+    return network.to(setting.device).eval()
+
+
+def repeat_batch(encode, images, count):
+    """Encode the same batch until `count` images are done; returns how many were."""
+    batches = -(-count // len(images))
+    for _ in range(batches):
+        encode(images)
+    return batches * len(images)
+
+
+def encoder_forward(setting):
+    """What `extract_features` does with a batch of images."""
+    network, device = optimized_for_inference(encoder(setting)), setting.device
+    images = torch.rand(default_batch_size(device), 3, 224, 224)
+
+    @torch.inference_mode()
+    def encode(images):
+        forward_batch(network, list(images), device)
+
+    run = reuse_freed_memory()(partial(repeat_batch, encode, images))
+    return Work(run, len(images), 16_384)
+
+
+def classic_encoder_forward(setting):
+    images = torch.rand(setting.batch_size // 2, 3, 224, 224)
+    return Work(partial(repeat_batch, classic_loop(setting).encode, images), len(images), 16_384)
+
+
+def feature_extraction(setting):
+    """From image files to features on the disk."""
+
+    def run(count):
+        with hide_output(), TemporaryDirectory(dir=setting.folder) as empty:
+            paths = some_paths(setting, count)
+            extract_features(encoder(setting), paths, eval_transform(224), empty)
+        return count
+
+    # Preparing the CNN takes half a second, which is negligible for thousands of images.
+    return Work(run, 2 * setting.batch_size, 4096)
+
+
+def feature_extraction_int8(setting):
+    int8 = replace(setting, backbone=int8_name(setting.backbone), weights=None)
+    return feature_extraction(int8)
+
+
+def int8_name(backbone):
+    """torchvision's name of the int8 version of a network, or None if there is none."""
+    name = f"quantized_{backbone}"
+    return name if name in list_models(module=quantization) else None
+
+
+def classic_feature_extraction(setting):
+    loop = classic_loop(setting)
+
+    def run(count):
+        for start in range(0, count, loop.batch_size):
+            indices = range(start, min(start + loop.batch_size, count))
+            loop.encode(loop.load_images([index % len(loop.paths) for index in indices]))
+        return count
+
+    return Work(run, setting.batch_size // 2, 4096)
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def train_config(setting, precision="auto"):
+    """The default options; validation is not measured and gets only a few images."""
+    validation = Path(setting.folder) / "validation.json"
+    if not validation.exists():
+        write_captions(validation, images=100)
+    return TrainConfig(
+        train_images=setting.images, train_captions=setting.captions, val_images=setting.images,
+        val_captions=str(validation), out=str(Path(setting.folder) / "run"),
+        cache_dir=setting.folder, backbone=setting.backbone, weights=setting.weights,
+        batch_size=setting.batch_size, precision=precision,
+    )  # fmt: skip
+
+
+def cache_random_features(config):
+    """Random features where `build_run(config)` looks for those that are already computed."""
+    torch.manual_seed(config.seed)  # the random weights of the run's CNN, which name the files
+    splits = [
+        CocoCaptions(config.train_images, config.train_captions),
+        CocoCaptions(config.val_images, config.val_captions),
+    ]
+    model = build_model(config, splits[0]).to(pick_device(config.device))
+    for split in splits:
+        name = fingerprint(model.encoder, split.paths, model.transform)
+        folder = Path(config.cache_dir) / f"features-{name}"
+        if not folder.exists():
+            write_features(folder, len(split), model.encoder.feature_size)
+
+
+@cache
+def training_run(setting, precision="auto"):
+    config = train_config(setting, precision)
+    cache_random_features(config)
+    return build_run(config)
+
+
+def train_last_batches(run, count):
+    """Train on the last `count` batches of an epoch; returns the number of captions in them."""
+    steps, captions = len(run.train_loader), len(run.train_loader.dataset)
+    run.progress.step = max(steps - count, 0)
+    captions = round((1 - run.progress.step / steps) * captions)
+    with hide_output():
+        train_one_epoch(run, after_update=lambda norm: None)
+    return captions
+
+
+def training(precision, setting):
+    run = training_run(setting, precision)
+    return Work(partial(train_last_batches, run), 2, len(run.train_loader))
 
 
 @cache
@@ -121,129 +248,9 @@ def classic_loop(setting):
     pairs = zip(data(setting).paths, data(setting).captions, strict=True)
     paths = [path for path, captions in pairs for _ in captions]
     return classic.ClassicLoop(
-        paths, texts(setting), setting.backbone, setting.device, **SIZES,
+        paths, data(setting).all_captions, setting.backbone, setting.device, **SIZES,
         batch_size=setting.batch_size,
     )  # fmt: skip
-
-
-def in_batches(encode, images, count):
-    """`images`, a ready batch, until `count` are done; returns how many were."""
-    batches = -(-count // len(images))
-    for _ in range(batches):
-        encode(images)
-    return batches * len(images)
-
-
-def ours_forward(setting):
-    """What features.encode_images does with a batch."""
-    cnn, device = without_batch_norm(encoder(setting)), setting.device
-    images = torch.rand(suitable_batch(device), 3, 224, 224)
-
-    @torch.inference_mode()
-    def encode(images):
-        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        with fast_precision(device):
-            return cnn.pool(images).half().cpu().numpy()
-
-    run = keep_freed_memory()(partial(in_batches, encode, images))
-    return Work(run, len(images), 16_384)
-
-
-def classic_forward(setting):
-    images = torch.rand(setting.batch_size // 2, 3, 224, 224)
-    return Work(partial(in_batches, classic_loop(setting).encode, images), len(images), 16_384)
-
-
-def ours_encoding(setting):
-    """From files on the disk to features on the disk."""
-
-    def run(count):
-        with quiet(), TemporaryDirectory(dir=setting.folder) as empty:
-            paths = some_paths(setting, count)
-            encode_images(encoder(setting), paths, eval_transform(224), empty)
-        return count
-
-    # Preparing the CNN takes half a second, which is nothing beside thousands of images.
-    return Work(run, 2 * setting.batch_size, 4096)
-
-
-def ours_encoding_int8(setting):
-    return ours_encoding(replace(setting, backbone=in_int8(setting.backbone), weights=None))
-
-
-def in_int8(backbone):
-    """torchvision's name of the same network in int8, or None if there is none of it."""
-    name = f"quantized_{backbone}"
-    return name if name in list_models(module=quantization) else None
-
-
-def classic_encoding(setting):
-    loop = classic_loop(setting)
-
-    def run(count):
-        for start in range(0, count, loop.batch_size):
-            places = range(start, min(start + loop.batch_size, count))
-            loop.encode(loop.load_images([place % len(loop.paths) for place in places]))
-        return count
-
-    return Work(run, setting.batch_size // 2, 4096)
-
-
-def quiet():
-    """No progress bars inside the benchmark's own lines."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
-# ---------------------------------------------------------------------------- training
-
-
-class ReadyTrainer(Trainer):
-    """A Trainer whose images are encoded already: random features cost a step as much as real."""
-
-    def look_at(self, data):
-        file = Path(self.options.cache) / f"features-{len(data)}.npy"
-        if not file.exists():
-            write_features(file, len(data), self.model.encoder.feature_size)
-        return np.load(file, mmap_mode="r"), {}
-
-    def last_batches(self, count):
-        """Train on the last `count` batches of an epoch; returns the number of captions in them."""
-        steps = len(self.train_loader)
-        self.step = max(steps - count, 0)
-        captions = round((steps - self.step) / steps * len(self.train_loader.dataset))
-        with quiet():
-            self.train_epoch(threading.Event())
-        return captions
-
-
-def new_trainer(setting):
-    """A run with the default options."""
-    validation = Path(setting.folder) / "validation.json"
-    if not validation.exists():
-        write_captions(validation, images=100)
-    return ReadyTrainer(Options(
-        setting.images, setting.captions, setting.images, str(validation),
-        out=str(Path(setting.folder) / "run"), cache=setting.folder,
-        backbone=setting.backbone, weights=setting.weights, batch_size=setting.batch_size,
-    ))  # fmt: skip
-
-
-trainer = cache(new_trainer)
-
-
-def ours_training(setting):
-    return Work(trainer(setting).last_batches, 2, len(trainer(setting).train_loader))
-
-
-def ours_training_float32(setting):
-    """The same without bfloat16, where train.py would use it."""
-    work = ours_training(setting)
-
-    def run(count):
-        with mock.patch("train.fast_precision", lambda device: contextlib.nullcontext()):
-            return work.run(count)
-
-    return Work(run, work.smallest, work.largest)
 
 
 def classic_training(setting):
@@ -261,68 +268,73 @@ def classic_training(setting):
 
 
 @cache
-def speaker(setting):
-    """An untrained model whose captions end after about eleven words all the same.
+def captioner(setting):
+    """An untrained model whose captions nevertheless end after about eleven words.
 
-    The image enters it as in the classic loop, whose decoder takes the same weights.
+    The image enters it as in the classic loop, whose decoder loads the same weights.
     """
     torch.manual_seed(0)
-    options = replace(trainer(setting).options, inject="pre")
-    model = build_model(options, trainer(setting).vocab).to(setting.device)
+    run = training_run(setting)
+    config = replace(run.config.model_config(), inject="pre")
+    model = CaptionModel(run.model.vocab.words, config, setting.weights).to(setting.device)
     end_at_length(model.decoder)
     return model.eval()
 
 
-def ours_decoding(beam_size, setting, count=None):
-    """`count`: all of this size, or fewer than `setting.decoded` if the data has fewer."""
-    count = min(count or setting.decoded, len(data(setting)))
-    train_data, rows = data(setting), trainer(setting).train_loader.dataset.features
+def decoding(beam_size, setting, count=None):
+    """Captions of `count` images, by default `setting.decoded`, given their features."""
+    images, features = data(setting), training_run(setting).train_loader.dataset.features
+    count = min(count or setting.decoded, len(images))
 
     def run(count):
-        few = train_data.without(range(count, len(train_data)))
-        loader = get_loader(few, features=rows, mode="test", batch_size=setting.batch_size)
-        return len(caption_split(speaker(setting), loader, beam_size))
+        few = images.without(range(count, len(images)))
+        loader = image_loader(few, features=features, batch_size=setting.batch_size)
+        return len(caption_images(captioner(setting), loader, beam_size))
 
     return Work(run, count, count)
 
 
 def classic_decoding(beam_size, setting):
-    model, rows = speaker(setting), trainer(setting).train_loader.dataset.features
-    decoder = classic.Decoder(**SIZES, vocab_size=len(model.words)).to(setting.device).eval()
+    model, features = captioner(setting), training_run(setting).train_loader.dataset.features
+    decoder = classic.Decoder(**SIZES, vocab_size=len(model.vocab)).to(setting.device).eval()
     decoder.load_state_dict(model.decoder.state_dict())
     search = classic.greedy if beam_size == 1 else partial(classic.beam, beam_size=beam_size)
 
     @torch.no_grad()
     def run(count):
-        for row in rows[:count].astype(np.float32):
-            feature = model.encoder(torch.from_numpy(row)[None].to(setting.device))
-            model.text(search(decoder, feature))
+        for row in features[:count].astype(np.float32):  # (1, feature_size)
+            feature = model.encoder.linear(torch.from_numpy(row).to(setting.device))
+            model.vocab.decode(search(decoder, feature))
         return count
 
     return Work(run, 4, min(setting.decoded, len(data(setting))))
 
 
-STAGES = {  # name: (ours, classic, items)
-    "vocabulary, first start": (
-        partial(ours_vocabulary, False),
-        classic_vocabulary,
-        "captions",
+# ---------------------------------------------------------------------------- all stages
+
+
+class Stage(NamedTuple):
+    ours: Callable[[Setting], Work]
+    classic: Callable[[Setting], Work]  # in float32
+    items: str
+    precision: str | None = None  # of this project's side, where a network computes
+
+
+STAGES = {
+    "vocabulary, first start": Stage(partial(vocabulary, False), classic_vocabulary, "captions"),
+    "vocabulary, later starts": Stage(partial(vocabulary, True), classic_vocabulary, "captions"),
+    "image pipeline": Stage(
+        partial(load_images, eval_transform), partial(load_images, classic.transform), "images"
     ),
-    "vocabulary, later starts": (
-        partial(ours_vocabulary, True),
-        classic_vocabulary,
-        "captions",
+    "encoder forward": Stage(encoder_forward, classic_encoder_forward, "images", "auto"),
+    "feature extraction": Stage(feature_extraction, classic_feature_extraction, "images", "auto"),
+    "feature extraction, int8": Stage(
+        feature_extraction_int8, classic_feature_extraction, "images", "int8"
     ),
-    "image pipeline": (
-        partial(load, eval_transform),
-        partial(load, classic.transform),
-        "images",
+    "training step": Stage(partial(training, "auto"), classic_training, "captions", "auto"),
+    "training step, float32": Stage(
+        partial(training, "float32"), classic_training, "captions", "float32"
     ),
-    "encoder forward": (ours_forward, classic_forward, "images"),
-    "encoding": (ours_encoding, classic_encoding, "images"),
-    "encoding, int8": (ours_encoding_int8, classic_encoding, "images"),
-    "training step": (ours_training, classic_training, "captions"),
-    "training step, float32": (ours_training_float32, classic_training, "captions"),
-    "greedy decoding": (partial(ours_decoding, 1), partial(classic_decoding, 1), "images"),
-    "beam 3 decoding": (partial(ours_decoding, 3), partial(classic_decoding, 3), "images"),
+    "greedy decoding": Stage(partial(decoding, 1), partial(classic_decoding, 1), "images", "auto"),
+    "beam 3 decoding": Stage(partial(decoding, 3), partial(classic_decoding, 3), "images", "auto"),
 }

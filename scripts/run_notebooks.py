@@ -76,15 +76,23 @@ async def start_kernel(client):
 
 
 async def execute_cells(client):
-    """Yield the position of each cell before executing it. Raises CellExecutionError."""
-    # NotebookClient.execute would install signal handlers that miss an interrupt between notebooks.
-    info = await client.kc.kernel_info(reply=True)
+    """Yield the position of each cell, then execute it.
+
+    Raises CellExecutionError or DeadKernelError.
+    """
+    # NotebookClient.execute would do this too, but ignores an interrupt between two notebooks.
+    info = await client.async_wait_for_reply(client.kc.kernel_info())
     client.nb.metadata["language_info"] = info["content"]["language_info"]
     client.reset_execution_trackers()
     for index, cell in enumerate(client.nb.cells):
         yield f"cell {index + 1}/{len(client.nb.cells)}"
         count = client.code_cells_executed + 1
-        await client.async_execute_cell(cell, index, execution_count=count)
+        try:
+            await client.async_execute_cell(cell, index, execution_count=count)
+        except DeadKernelError:
+            if await client.km.is_alive():  # nbclient takes any cancellation for a dead kernel
+                raise asyncio.CancelledError from None
+            raise
 
 
 async def shut_down(client, now=False):
@@ -167,6 +175,7 @@ def main() -> int:
     start = time.perf_counter()
     with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stdout.isatty(),
               file=sys.stdout) as bar:  # fmt: skip
+        bar.set_description_str("starting a kernel")
         try:
             asyncio.run(execute_all(parameters, out, bar.set_description_str))
         except (CellExecutionError, DeadKernelError) as error:

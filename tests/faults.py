@@ -1,10 +1,10 @@
-"""Faults, tried: killed processes, on one node or two; full disks; 20 epochs of memory.
+"""Fault injection: killed processes, on one node or two; full disks; 20 epochs of memory.
 
     python tests/faults.py                   # all of them, a few minutes; prints a table
     python tests/faults.py kill memory       # some of them
 
 Too slow for every test run, and in part only for Linux and root (a small tmpfs, two network
-namespaces): what cannot be tried here is reported as not tried. Exits with 1 if anything was lost.
+namespaces): what this machine does not support is reported as not tried. Exits with 1 on a failure.
 """
 
 import contextlib
@@ -20,56 +20,55 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-# The project's modules lie one folder up, where `python tests/faults.py` would not look.
+# The project's modules are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from conftest import command_line, tiny_options, write_dataset
-from test_train import assert_same_end
+from conftest import command_line, tiny_config, write_dataset
+from test_checkpoint import assert_same_result
 
-from features import is_begun, is_intact
-from model import load_safely
-from options import options_for
+from checkpoint import load_safely
+from config import config_for
 from splits import find_splits
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-FORK = multiprocessing.get_context("fork")  # a child starts with everything imported: in no time
+FORK = multiprocessing.get_context("fork")  # a child starts with everything imported
 
 
-class NotHere(Exception):
-    """This machine cannot try that."""
+class Unsupported(Exception):
+    """This machine does not support the trial."""
 
 
 # ---------------------------------------------------------------------------- runs in processes
 
 
-def start(options, log=None):
-    """The command line of `options` in a process of its own, its output in `log`."""
-    process = FORK.Process(target=log_into, args=(options, log or f"{options.out}.log"))
+def start(config, log=None):
+    """The command line of `config` in a process of its own, its output in `log`."""
+    process = FORK.Process(target=log_into, args=(config, log or f"{config.out}.log"))
     process.start()
     return process
 
 
-def log_into(options, log):
+def log_into(config, log):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.exit(main(command_line(options)))
+        sys.exit(main(command_line(config)))
 
 
-def finish(options, log=None):
+def finish(config, log=None):
     """Run to the end; (exit status, what it printed, seconds)."""
-    log = log or f"{options.out}.log"
-    begun, process = time.perf_counter(), start(options, log)
+    log = log or f"{config.out}.log"
+    begun, process = time.perf_counter(), start(config, log)
     process.join()
     return process.exitcode, Path(log).read_text(), time.perf_counter() - begun
 
 
-def check_readable(options):
-    """Whatever files a run has left are whole: none is torn. Returns their number."""
-    out, found = Path(options.out), 0
+def check_readable(config):
+    """All files that a run has left are complete. Returns their number."""
+    out, found = Path(config.out), 0
     for name in ("last.pt", "best.pt"):
         if (out / name).exists():
             load_safely(out / name)
@@ -78,9 +77,8 @@ def check_readable(options):
         lines = [json.loads(line) for line in (out / "history.jsonl").open()]
         assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
         found += 1
-    for state in Path(options.cache).glob("*.state.npy"):
-        name = Path(str(state).removesuffix(".state.npy"))
-        assert is_begun(name, len(np.load(state))) or is_intact(name), f"{name} is torn"
+    for file in Path(config.cache_dir).glob("features-*/*.npy"):
+        assert np.isfinite(np.load(file)).all()
         found += 1
     return found
 
@@ -89,51 +87,51 @@ def check_readable(options):
 
 
 def kill(folder, times=25):
-    """SIGKILL at random moments, each followed by a resumption that has to end the same way."""
+    """SIGKILL at random times; the resumed run has to end like an uninterrupted one."""
     data = write_dataset(folder / "data")
-    options = tiny_options(data, epochs=6, learning_rate=0.02, save_every=2, batch_size=4)
-    status, log, seconds = finish(options)
+    config = tiny_config(data, epochs=6, learning_rate=0.02, save_every=2, batch_size=4)
+    status, log, seconds = finish(config)
     assert status == 0, log
-    moments = np.random.default_rng(0).uniform(0, seconds, times)
+    times_of_kill = np.random.default_rng(0).uniform(0, seconds, times)
     kept = []
-    for number, moment in enumerate(moments):
-        run = replace(options, out=str(folder / f"{number}"), cache=str(folder / f"{number}-cache"),
-                      resume=True)  # fmt: skip
+    for number, delay in enumerate(times_of_kill):
+        run = replace(config, out=str(folder / f"{number}"), resume=True,
+                      cache_dir=str(folder / f"{number}-cache"))  # fmt: skip
         process = start(run)
-        process.join(moment)
+        process.join(delay)
         process.kill()
         process.join()
         kept.append(check_readable(run))
         status, log, _ = finish(run)
         assert status == 0, log
-        assert_same_end(run.out, options.out)
+        assert_same_result(run.out, config.out)
     return (
-        f"SIGKILL at a random moment of a run of {seconds:.1f} s, then `--resume`", times,
-        f"all {times} ended bit-identical to the uninterrupted run; no file was torn "
+        f"SIGKILL at a random time in a run of {seconds:.1f} s, then `--resume`", times,
+        f"all {times} ended bit-identical to the uninterrupted run; all files were complete "
         f"({sum(map(bool, kept))} of the kills came after the first file)",
     )  # fmt: skip
 
 
 def terminate(folder, times=10):
-    """The same with SIGTERM, which has to be answered by saving and status 143."""
+    """The same with SIGTERM, after which the run saves and exits with status 143."""
     data = write_dataset(folder / "data")
-    options = tiny_options(data, epochs=6, learning_rate=0.02, batch_size=4)
-    status, log, seconds = finish(options)
+    config = tiny_config(data, epochs=6, learning_rate=0.02, batch_size=4)
+    status, log, seconds = finish(config)
     assert status == 0, log
     saved = 0
-    for number, moment in enumerate(np.linspace(0.2, 0.9, times) * seconds):
-        run = replace(options, out=str(folder / f"{number}"), resume=True)
+    for number, delay in enumerate(np.linspace(0.2, 0.9, times) * seconds):
+        run = replace(config, out=str(folder / f"{number}"), resume=True)
         process = start(run)
-        process.join(moment)
+        process.join(delay)
         process.terminate()
         process.join()
         saved += process.exitcode == 128 + signal.SIGTERM
         check_readable(run)
         assert finish(run)[0] == 0
-        assert_same_end(run.out, options.out)
+        assert_same_result(run.out, config.out)
     return (
-        "SIGTERM at evenly spaced moments, then `--resume`", times,
-        f"all {times} ended bit-identical; {saved} came in training and were answered by saving, "
+        "SIGTERM at evenly spaced times, then `--resume`", times,
+        f"all {times} ended bit-identical; {saved} arrived during training, which was saved, "
         "the others before or after it",
     )  # fmt: skip
 
@@ -147,7 +145,7 @@ def small_disk(folder, kilobytes):
     folder.mkdir(parents=True, exist_ok=True)
     size = f"size={kilobytes}k"
     if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder]):
-        raise NotHere("mounting a small tmpfs takes root on Linux")
+        raise Unsupported("mounting a small tmpfs takes root on Linux")
     try:
         yield
     finally:
@@ -155,15 +153,16 @@ def small_disk(folder, kilobytes):
 
 
 def disk(folder):
-    """Disks of ever more room, until a run fits; on each it stops with a sentence and goes on."""
+    """Disks of increasing size until a run fits; on smaller ones it stops and can be resumed."""
     data = write_dataset(folder / "data")
-    options = tiny_options(data, epochs=3, learning_rate=0.02)
-    assert finish(options)[0] == 0
-    size = sum(path.stat().st_size for path in Path(options.out).iterdir()) // 1024
+    config = tiny_config(data, epochs=3, learning_rate=0.02)
+    assert finish(config)[0] == 0
+    size = sum(path.stat().st_size for path in Path(config.out).iterdir()) // 1024
     stopped = fits = 0
     for number, room in enumerate(np.linspace(8, 1.7 * size, 16).astype(int)):
         disk = folder / f"disk-{number}"
-        run = replace(options, out=str(disk / "out"), cache=str(disk / "cache"), resume=True)
+        run = replace(config, out=str(disk / "out"), cache_dir=str(disk / "cache"),
+                      resume=True)  # fmt: skip
         with small_disk(disk, room):
             log = folder / f"disk-{number}.txt"
             status, said, _ = finish(run, log)  # the log is not on the full disk
@@ -178,12 +177,12 @@ def disk(folder):
             subprocess.check_call(["mount", "-o", f"remount,size={8 * size}k", disk])
             status, said, _ = finish(run, log)
             assert status == 0, said
-            assert_same_end(run.out, options.out)
+            assert_same_result(run.out, config.out)
     return (
-        "a disk that is full at 16 different moments (features, vocabulary, checkpoints, history)",
+        "disks of 16 sizes, full at features, vocabulary, checkpoints or history",
         stopped + fits,
-        f"{stopped} stopped with one sentence, files intact, nothing half-written; after more room "
-        f"`--resume` ended bit-identical; {fits} had room enough",
+        f"{stopped} stopped with one sentence, files intact, none partially written; with more "
+        f"space, `--resume` ended bit-identical; {fits} were large enough",
     )  # fmt: skip
 
 
@@ -192,7 +191,7 @@ def disk(folder):
 
 @contextlib.contextmanager
 def two_nodes():
-    """Two network namespaces with an address each, joined by a virtual cable."""
+    """Two network namespaces with an address each, connected by a virtual Ethernet pair."""
     commands = """
         netns add captions-a
         netns add captions-b
@@ -212,7 +211,7 @@ def two_nodes():
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
         yield ("captions-a", "captions-b")
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise NotHere("network namespaces take root and `ip` on Linux") from error
+        raise Unsupported("network namespaces take root and `ip` on Linux") from error
     finally:
         remove_nodes()
 
@@ -223,25 +222,25 @@ def remove_nodes():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def torchrun(node, options, log, restarts=0):
+def torchrun(node, config, log, restarts=0):
     """`torchrun ... train.py` on one of the two nodes."""
-    # Both nodes believe to be the same machine, so they have to be told which address is theirs.
+    # The host name is the same in both, so that torchrun cannot find out its address.
     address, host = ("10.213.0.1", 1) if node == "captions-a" else ("10.213.0.2", 0)
     words = f"""ip netns exec {node} env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME={node}
         {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
         --max-restarts {restarts} --rdzv-id captions --rdzv-backend c10d
         --rdzv-endpoint 10.213.0.1:29500 --rdzv-conf is_host={host} --local-addr {address}
         train.py"""
-    return subprocess.Popen([*words.split(), *command_line(options)], cwd=ROOT, stdout=log,
+    return subprocess.Popen([*words.split(), *command_line(config)], cwd=ROOT, stdout=log,
                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
 
 
-def both(nodes, options, folder, restarts=0, meanwhile=None):
-    """A job on both nodes (`options` for each of them): (their statuses, their logs)."""
+def both(nodes, config, folder, restarts=0, meanwhile=None):
+    """A job on both nodes (`config` for each of them): (their statuses, their logs)."""
     logs = [folder / f"{node}.log" for node in nodes]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(log, "w")) for log in logs]
-        jobs = [torchrun(*job, restarts) for job in zip(nodes, options, files, strict=True)]
+        jobs = [torchrun(*job, restarts) for job in zip(nodes, config, files, strict=True)]
         try:
             if meanwhile:
                 meanwhile()
@@ -268,14 +267,14 @@ def workers_on(node):
 def network(folder):
     """Two nodes train together; the worker of each in turn is killed in the middle of an epoch."""
     data = write_dataset(folder / "data")
-    options = tiny_options(data, epochs=30, patience=30, learning_rate=0.02, batch_size=4,
+    config = tiny_config(data, epochs=30, patience=30, learning_rate=0.02, batch_size=4,
                            dropout=0.0, save_every=4, resume=True)  # fmt: skip
     with two_nodes() as nodes:
-        statuses, logs = both(nodes, [options, options], folder)
+        statuses, logs = both(nodes, [config, config], folder)
         assert statuses == [0, 0], "\n".join(logs)
         came_from = set()
         for number, victim in enumerate(nodes):
-            run = replace(options, out=str(folder / f"out-{number}"))
+            run = replace(config, out=str(folder / f"out-{number}"))
 
             def in_the_middle(run=run, victim=victim):
                 history = Path(run.out) / "history.jsonl"
@@ -287,7 +286,7 @@ def network(folder):
 
             statuses, logs = both(nodes, [run, run], folder, 3, in_the_middle)
             assert statuses == [0, 0], "\n".join(logs)
-            assert_same_end(run.out, options.out)
+            assert_same_result(run.out, config.out)
     return (
         "two nodes (network namespaces, `torchrun --nnodes 2 --max-restarts 3`), "
         "a worker killed in mid-epoch, on either node in turn", 2,
@@ -297,9 +296,9 @@ def network(folder):
 
 
 def failing_rank(folder):
-    """A node without the captions ends the whole job, with its own sentence, and soon."""
+    """A node without the captions ends the whole job soon, with its error message."""
     data = write_dataset(folder / "data")
-    good = tiny_options(data, epochs=2)
+    good = tiny_config(data, epochs=2)
     bad = replace(good, train_captions=str(folder / "elsewhere.json"))
     with two_nodes() as nodes:
         begun = time.perf_counter()
@@ -308,7 +307,7 @@ def failing_rank(folder):
     assert 0 not in statuses and "there is no captions file" in logs[1], "\n".join(logs)
     return (
         "two nodes, one of them without the captions file", 1,
-        f"both ended after {seconds:.0f} s, the one at fault with its sentence; no hang",
+        f"both ended after {seconds:.0f} s, the failing one with its message; no hang",
     )  # fmt: skip
 
 
@@ -316,23 +315,23 @@ def failing_rank(folder):
 
 
 def worker(folder):
-    """A process that loads images is killed in the middle of training."""
+    """A data-loader worker is killed during training."""
     data = write_dataset(folder / "data")
-    options = tiny_options(data, epochs=50, patience=50, fine_tune=True, workers=2)
-    process = start(options)
+    config = tiny_config(data, epochs=50, patience=50, fine_tune=True, num_workers=2)
+    process = start(config)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (Path(options.out) / "last.pt").exists():
+    while not (Path(config.out) / "last.pt").exists():
         time.sleep(0.05)
     while not children.read_text().split():
         time.sleep(0.001)
     with contextlib.suppress(ProcessLookupError):
         os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
     process.join(120)
-    log = Path(f"{options.out}.log").read_text()
-    assert process.exitcode == 1 and "--workers" in log and "Traceback" not in log, log
-    check_readable(options)
+    log = Path(f"{config.out}.log").read_text()
+    assert process.exitcode == 1 and "--num-workers" in log and "Traceback" not in log, log
+    check_readable(config)
     return (
-        "a data-loader worker killed in training", 1,
+        "a data-loader worker killed during training", 1,
         "one sentence, status 1, checkpoints intact",
     )  # fmt: skip
 
@@ -341,14 +340,14 @@ def worker(folder):
 
 
 def memory(folder, epochs=20):
-    """Resident memory after each of 20 epochs on the drawn sample, and a picture of it."""
-    splits = find_splits("sample", ROOT / "data/sample")
-    options = options_for(
-        "sample", splits, folder / "out", epochs=epochs, patience=epochs,
-        weights=str(ROOT / "sample_encoder.pt"), cache=str(folder / "cache"),
+    """Resident memory after each of 20 epochs on the synthetic scenes, and a figure of it."""
+    splits = find_splits("synthetic", ROOT / "data/synthetic")
+    config = config_for(
+        "synthetic", splits, folder / "out", epochs=epochs, patience=epochs,
+        weights=str(ROOT / "synthetic_encoder.pt"), cache_dir=str(folder / "cache"),
     )  # fmt: skip
-    process = start(options)
-    status, history, used = Path(f"/proc/{process.pid}/status"), Path(options.out), []
+    process = start(config)
+    status, history, used = Path(f"/proc/{process.pid}/status"), Path(config.out), []
     while process.is_alive() and len(used) < epochs:
         with contextlib.suppress(OSError):
             if len((history / "history.jsonl").read_text().splitlines()) > len(used):
@@ -356,16 +355,16 @@ def memory(folder, epochs=20):
         time.sleep(0.05)
     process.join()
     assert process.exitcode == 0 and len(used) == epochs, used
-    draw_memory(used, ROOT / "docs/memory.png")
+    plot_memory(used, ROOT / "docs/memory.png")
     growth = used[-1] - used[4]
     assert growth < 0.03 * used[4], f"memory grows: {used}"
     return (
-        f"{epochs} epochs on the drawn sample", 1,
+        f"{epochs} epochs on the synthetic scenes", 1,
         f"resident memory {used[4]:.0f} MB after epoch 5, {used[-1]:.0f} MB after epoch {epochs}",
     )  # fmt: skip
 
 
-def draw_memory(used, path):
+def plot_memory(used, path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -386,14 +385,14 @@ TRIALS = [kill, terminate, disk, network, failing_rank, worker, memory]
 def report(names):
     torch.set_num_threads(1)
     failed = False
-    print("| what was tried | times | what happened |\n|---|---|---|", flush=True)
+    print("| trial | times | result |\n|---|---|---|", flush=True)
     for trial in TRIALS:
         if names and trial.__name__ not in names:
             continue
         with TemporaryDirectory() as folder:
             try:
                 row = trial(Path(folder))
-            except NotHere as reason:
+            except Unsupported as reason:
                 row = (trial.__name__, 0, f"not tried: {reason}")
             except AssertionError as error:
                 failed = True

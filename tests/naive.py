@@ -1,7 +1,12 @@
-"""The decoder a second time, the slow and plain way: one image, one word at a time, in numpy.
+"""A second, independent implementation of the decoder and of the beam search, in numpy.
 
-The tests hold `DecoderRNN` against it. It takes the weights from there, and no code.
+One image and one token at a time, in float64, without batches and without early stopping. Tests
+compare `DecoderRNN` and `decoding.py` with it; it has the weights of the decoder, and shares no
+code with it.
 """
+
+import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +21,13 @@ def log_softmax(x):
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
+def without_special_tokens(logits):
+    """Log-probabilities of the tokens that may be generated: words and `<end>`."""
+    logits = np.array(logits, dtype=np.float64)
+    logits[[PAD, START, UNK]] = -np.inf
+    return log_softmax(logits)
+
+
 class NaiveDecoder:
     def __init__(self, decoder):
         self.weights = {name: w.double().numpy() for name, w in decoder.state_dict().items()}
@@ -26,7 +38,7 @@ class NaiveDecoder:
         return self.weights[f"{name}.weight"] @ x + self.weights[f"{name}.bias"]
 
     def cell(self, x, state):
-        """One step of the LSTM, a list with one (h, c) per layer, as the textbooks write it."""
+        """One step of the LSTM; the state is a list with one (h, c) per layer."""
         new_state = []
         for layer, (h, c) in enumerate(state):
             w_ih, w_hh, b_ih, b_hh = (
@@ -40,7 +52,7 @@ class NaiveDecoder:
             x = h
         return new_state
 
-    def start(self, image):
+    def init_state(self, image):
         """The state in which `<start>` is read, for an embedded image (embed_size,)."""
         zeros = np.zeros(self.weights["lstm.weight_hh_l0"].shape[1])
         if self.inject == "pre":
@@ -50,26 +62,77 @@ class NaiveDecoder:
             return list(zip(np.tanh(h), c, strict=True))
         return [(zeros, zeros)] * self.layers
 
-    def read(self, word, state, image):
-        """Read one word: the logits of the next one (vocab_size,), and the new state."""
-        x = self.weights["embedding.weight"][word]
+    def step(self, token, state, image):
+        """Read one token: the logits of the next one (vocab_size,), and the new state."""
+        x = self.weights["embedding.weight"][token]
         if self.inject == "par":
             x = np.concatenate([x, image])
         state = self.cell(x, state)
         return self.linear("linear", state[-1][0]), state
 
-    def teach(self, image, caption):
-        """The logits for caption[1:], each from the words before it alone."""
-        state, rows = self.start(image), []
-        for word in caption[:-1]:
-            logits, state = self.read(word, state, image)
+    def teacher_forcing(self, image, caption):
+        """The logits of each token of caption[1:], given the image and the tokens before it."""
+        state, rows = self.init_state(image), []
+        for token in caption[:-1]:
+            logits, state = self.step(token, state, image)
             rows.append(logits)
         return np.stack(rows)
 
-    def speak(self, words, image):
-        """Log-probabilities of the word after `words` when captioning: real words and `<end>`."""
-        state = self.start(image)
-        for word in [START, *words]:
-            logits, state = self.read(word, state, image)
-        logits[[PAD, START, UNK]] = -np.inf
-        return log_softmax(logits)
+    def language_model(self, image):
+        """A function: a list of tokens -> log-probabilities of the token that follows them."""
+
+        @functools.cache
+        def read(tokens):
+            if not tokens:
+                return self.step(START, self.init_state(image), image)
+            return self.step(tokens[-1], read(tokens[:-1])[1], image)
+
+        return lambda tokens: without_special_tokens(read(tuple(tokens))[0])
+
+
+class Hypothesis(NamedTuple):
+    tokens: list
+    log_probs: list  # of each token
+
+    @property
+    def ended(self):
+        return self.tokens[-1] == END
+
+    def score(self, length_penalty):
+        return sum(self.log_probs) / len(self.tokens) ** length_penalty
+
+
+def greedy(language_model, max_len):
+    """(the hypothesis, smallest margin between the most probable token and the second)."""
+    tokens, log_probs, margin = [], [], np.inf
+    while len(tokens) < max_len and END not in tokens:
+        distribution = language_model(tokens)
+        second, first = np.sort(distribution)[-2:]
+        tokens.append(int(distribution.argmax()))
+        log_probs.append(first)
+        margin = min(margin, first - second)
+    return Hypothesis(tokens, log_probs), margin
+
+
+def beam_search(language_model, beam_size, max_len, length_penalty, n_best=1):
+    """(at most n_best hypotheses, best first; smallest margin between scores that were compared).
+
+    Where the margin is as small as float32's rounding, another result is just as good.
+    """
+    beam, ended, margins = [Hypothesis([], [])], [], [np.inf]
+    for _ in range(max_len):
+        longer = [
+            Hypothesis([*tokens, token], [*log_probs, log_prob])
+            for tokens, log_probs in beam
+            for token, log_prob in enumerate(language_model(tokens))
+            if log_prob > -np.inf
+        ]
+        longer.sort(key=lambda h: sum(h.log_probs), reverse=True)
+        if len(longer) > beam_size:
+            kept, dropped = longer[beam_size - 1 : beam_size + 1]
+            margins.append(sum(kept.log_probs) - sum(dropped.log_probs))
+        ended += [h for h in longer[:beam_size] if h.ended]
+        beam = [h for h in longer[:beam_size] if not h.ended]
+    ranking = sorted(ended, key=lambda h: h.score(length_penalty), reverse=True) + beam
+    scores = [h.score(length_penalty) for h in ranking[: n_best + 1]]
+    return ranking[:n_best], min([*margins, *np.abs(np.diff(scores))])

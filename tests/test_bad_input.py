@@ -1,14 +1,15 @@
-"""What goes wrong is said in one message, by name, before anything is written into --out."""
+"""Every problem with the input is named in one message, before anything is written to --out."""
 
 import errno
 import json
 import os
+import shutil
 import struct
 import zlib
 
 import pytest
 import torch
-from conftest import command_line, flag, tiny_options
+from conftest import command_line, flag, tiny_config
 from PIL import Image
 
 from model import EncoderCNN
@@ -17,86 +18,76 @@ from train import main
 
 
 @pytest.fixture
-def fails(capsys):
-    """Run the command, which has to fail as it should; return what it said."""
+def fails(dataset, capsys):
+    """Run the command with changed options; it has to fail properly. Returns its message."""
 
-    def run(dataset, **changes):
-        options = tiny_options(dataset)
-        flags = [w for name, v in changes.items() for w in flag(name, v)]
-        assert main(command_line(options) + flags) == 1
+    def run(**changes):
+        config = tiny_config(dataset)
+        flags = [word for name, value in changes.items() for word in flag(name, value)]
+        assert main(command_line(config) + flags) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "Traceback" not in error
-        assert not os.path.exists(options.out) or not os.listdir(options.out)
+        assert not os.path.exists(config.out) or not os.listdir(config.out)
         return error
 
     return run
 
 
 @pytest.fixture
-def edit(dataset):
-    """Change the content of the captions file."""
-    path = dataset / "captions.json"
-
-    def change(content):
-        path.write_text(json.dumps(content))
-
-    change.content = json.loads(path.read_text())
-    return change
+def captions_file(dataset):
+    return dataset / "captions.json"
 
 
-def png_that_claims(width, height):
-    """A PNG of a few bytes whose header announces a gigantic image."""
-
-    def chunk(name, data):
-        return (
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        )
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+@pytest.fixture
+def content(captions_file):
+    """The content of the captions file, for `write`."""
+    return json.loads(captions_file.read_text())
 
 
-# ---------------------------------------------------------------------------- folders and captions
+@pytest.fixture
+def write(captions_file):
+    return lambda content: captions_file.write_text(json.dumps(content))
+
+
+# ---------------------------------------------------------------------------- captions
 
 
 @pytest.mark.parametrize("name", ["train_images", "val_images", "train_captions", "val_captions"])
 def test_missing_paths(dataset, fails, name):
     """A missing folder or captions file is named."""
-    assert "nowhere" in fails(dataset, **{name: str(dataset / "nowhere")})
+    assert "nowhere" in fails(**{name: str(dataset / "nowhere")})
 
 
-def test_a_folder_in_place_of_captions(dataset, fails):
-    """A folder given as the captions file is named."""
-    assert str(dataset / "images") in fails(dataset, train_captions=str(dataset / "images"))
+def test_folder_as_captions_file(dataset, fails):
+    """A folder given as captions file is named."""
+    assert str(dataset / "images") in fails(train_captions=str(dataset / "images"))
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"],
-    ids=["empty", "text", "cut off", "deeply nested", "binary"],
+    "text", [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"],
+    ids=["empty", "text", "truncated", "deeply nested", "binary"],
 )  # fmt: skip
-def test_captions_that_are_not_json(dataset, fails, content):
-    """A captions file that is not JSON is named, and said not to be JSON."""
-    (dataset / "captions.json").write_bytes(content)
-    error = fails(dataset)
-    assert f"{dataset / 'captions.json'} is not JSON" in error
-    assert len(error) < 500
+def test_captions_that_are_not_json(captions_file, fails, text):
+    """A captions file that is not JSON is named."""
+    captions_file.write_bytes(text)
+    error = fails()
+    assert f"{captions_file} is not JSON" in error and len(error) < 500
 
 
 @pytest.mark.parametrize(
-    "content",
+    "other",
     [None, [], "text", {}, {"images": []}, {"images": {}, "annotations": []}, {"annotations": []}],
     ids=str,
 )
-def test_captions_without_lists(dataset, fails, edit, content):
+def test_captions_without_lists(captions_file, fails, write, other):
     """JSON without COCO's two lists is named, with the list that is missing."""
-    edit(content)
-    error = fails(dataset)
-    assert str(dataset / "captions.json") in error
-    assert "'images'" in error or "'annotations'" in error
+    write(other)
+    error = fails()
+    assert str(captions_file) in error and ("'images'" in error or "'annotations'" in error)
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"caption": ""}, "annotation 7 has an empty caption"),
         ({"caption": " \n"}, "annotation 7 has an empty caption"),
@@ -111,12 +102,12 @@ def test_captions_without_lists(dataset, fails, edit, content):
     ],
     ids=str,
 )
-def test_bad_annotation(dataset, fails, edit, change, said):
-    """A bad entry among the annotations is found, and named by its id."""
-    edit.content["annotations"][7].update(change)
-    edit(edit.content)
-    error = fails(dataset)
-    assert str(dataset / "captions.json") in error and said in error
+def test_invalid_annotation(captions_file, fails, write, content, change, message):
+    """An invalid annotation is named by its id."""
+    content["annotations"][7].update(change)
+    write(content)
+    error = fails()
+    assert str(captions_file) in error and message in error
 
 
 @pytest.mark.parametrize(
@@ -125,130 +116,134 @@ def test_bad_annotation(dataset, fails, edit, change, said):
         {"id": None},
         {"id": [1]},
         {"id": 100},  # that of another image
-        {"id": "x"},  # the others' are numbers
+        {"id": "x"},  # the others are numbers
         {"file_name": None},
         {"file_name": ""},
         {"file_name": 3},
     ],
     ids=str,
 )
-def test_bad_image_entry(dataset, fails, edit, change):
-    """A bad entry among the images stops the run, and the captions file is named."""
-    edit.content["images"][7].update(change)
-    edit.content["annotations"] = [a for a in edit.content["annotations"] if a["image_id"] != 107]
-    edit(edit.content)
-    assert str(dataset / "captions.json") in fails(dataset)
+def test_invalid_image_entry(captions_file, fails, write, content, change):
+    """An invalid entry of the images is an error that names the file."""
+    content["images"][7].update(change)
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 107]
+    write(content)
+    assert str(captions_file) in fails()
 
 
-@pytest.mark.parametrize("place", ["images", "annotations"])
-def test_entry_that_is_no_object(dataset, fails, edit, place):
-    """An entry that is no object stops the run, and the captions file is named."""
-    edit.content[place][3] = "dog"
-    edit(edit.content)
-    assert str(dataset / "captions.json") in fails(dataset)
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_entry_that_is_no_object(captions_file, fails, write, content, key):
+    """An entry that is no object is an error that names the file."""
+    content[key][3] = "dog"
+    write(content)
+    assert str(captions_file) in fails()
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "..", "/etc/passwd", "\0"])
-def test_file_name_that_leads_outside(dataset, fails, edit, name):
-    """A file_name that leads out of the images folder is refused, even if the file is there."""
+def test_file_name_that_leads_outside(dataset, fails, write, content, name):
+    """A file_name that leads out of the image folder is refused, even if the file exists."""
     Image.new("RGB", (9, 9)).save(dataset / "secret.jpg")
-    edit.content["images"][7]["file_name"] = name
-    edit(edit.content)
-    assert "leads outside" in fails(dataset)
+    content["images"][7]["file_name"] = name
+    write(content)
+    assert "leads outside" in fails()
 
 
 @pytest.mark.parametrize("link", ["file", "folder"])
-def test_link_that_leads_outside(dataset, fails, edit, link):
-    """A link out of the images folder is refused, be it the image or a folder on the way."""
+def test_link_that_leads_outside(dataset, fails, write, content, link):
+    """A link out of the image folder is refused, whether it is the image or a folder above it."""
     (dataset / "secret").mkdir()
-    Image.new("RGB", (9, 9)).save(dataset / "secret" / "07.jpg")
+    shutil.copy(dataset / "images" / "07.jpg", dataset / "secret")
     if link == "file":
         (dataset / "images" / "07.jpg").unlink()
         (dataset / "images" / "07.jpg").symlink_to(dataset / "secret" / "07.jpg")
     else:
         (dataset / "images" / "part").symlink_to(dataset / "secret")
-        edit.content["images"][7]["file_name"] = "part/07.jpg"
-        edit(edit.content)
-    assert "leads outside" in fails(dataset)
+        content["images"][7]["file_name"] = "part/07.jpg"
+        write(content)
+    assert "leads outside" in fails()
 
 
-def test_images_without_captions(dataset, edit, capsys):
-    """Images without captions are left out, and that is said."""
-    edit.content["annotations"] = [a for a in edit.content["annotations"] if a["image_id"] > 102]
-    edit(edit.content)
-    assert main(command_line(tiny_options(dataset, epochs=1))) == 0
+def test_images_without_captions(dataset, write, content, capsys):
+    """Images without captions are excluded, and their number is printed."""
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 102]
+    write(content)
+    assert main(command_line(tiny_config(dataset, epochs=1))) == 0
     printed = capsys.readouterr().out
-    assert "3 images have no caption" in printed and "9 images" in printed
+    assert "3 images have no caption" in printed and "9 training and 9 validation" in printed
 
 
-def test_no_captions_at_all(dataset, fails, edit):
-    """A file in which no image has a caption stops the run."""
-    edit({"images": edit.content["images"], "annotations": []})
-    assert "no image with a caption" in fails(dataset)
+def test_no_captions_at_all(fails, write, content):
+    """A file in which no image has a caption is an error."""
+    write({"images": content["images"], "annotations": []})
+    assert "no image with a caption" in fails()
 
 
-def test_empty_vocabulary(dataset, fails):
-    """A threshold that no word reaches stops the run, and is named."""
-    error = fails(dataset, threshold=1000)
+def test_empty_vocabulary(fails):
+    """A minimum word frequency that no word reaches is an error that shows it."""
+    error = fails(min_word_freq=1000)
     assert "vocabulary is empty" in error and "1000" in error
 
 
 # ---------------------------------------------------------------------------- images
 
 
+def png_header(width, height):
+    """A PNG of a few bytes whose header announces an image of that size."""
+
+    def chunk(name, data):
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
 @pytest.fixture
 def bad_images(dataset):
     """Six kinds of unreadable images among the twelve; their paths."""
-    folder = dataset / "images"
-    whole = (folder / "01.jpg").read_bytes()
-    (folder / "00.jpg").unlink()
-    (folder / "01.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "02.jpg").write_bytes(b"")
-    (folder / "03.jpg").write_bytes(b"a text and no image\n" * 50)
-    (folder / "04.jpg").write_bytes(png_that_claims(50_000, 50_000))
-    (folder / "05.jpg").unlink()
-    (folder / "05.jpg").mkdir()
-    return [folder / f"0{number}.jpg" for number in range(6)]
+    paths = [dataset / "images" / f"0{number}.jpg" for number in range(6)]
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes()[: paths[1].stat().st_size // 2])
+    paths[2].write_bytes(b"")
+    paths[3].write_bytes(b"a text and no image\n" * 50)
+    paths[4].write_bytes(png_header(50_000, 50_000))
+    paths[5].unlink()
+    paths[5].mkdir()
+    return paths
 
 
-def test_unreadable_images(dataset, bad_images, fails):
-    """Unreadable images stop the run; all of them are named at once, and no other."""
-    error = fails(dataset)
-    for path in sorted((dataset / "images").iterdir()):
-        assert (str(path) in error) == (path in bad_images)
-    assert str(bad_images[0]) in error
-    assert "--skip-bad-images" in error
-
-
-def test_unreadable_images_when_fine_tuning(dataset, bad_images, fails):
-    """They are found before training also when there are no features to compute."""
-    error = fails(dataset, fine_tune=True)
-    assert all(str(path) in error for path in bad_images)
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_unreadable_images(dataset, bad_images, fails, fine_tune):
+    """Unreadable images stop the run before training; all are named at once, and no other."""
+    error = fails(fine_tune=fine_tune)
+    named = [
+        path for number in range(12) if str(path := dataset / f"images/{number:02}.jpg") in error
+    ]
+    assert named == bad_images and "--skip-bad-images" in error
 
 
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_skip_bad_images(dataset, bad_images, capsys, fine_tune):
-    """With --skip-bad-images the run goes on without them, and names what it left out."""
-    options = tiny_options(dataset, skip_bad_images=True, fine_tune=fine_tune, epochs=1)
-    assert main(command_line(options)) == 0
+    """With --skip-bad-images the run excludes unreadable images and prints their names."""
+    config = tiny_config(dataset, skip_bad_images=True, fine_tune=fine_tune, epochs=1)
+    assert main(command_line(config)) == 0
     printed = capsys.readouterr().out
     assert all(str(path) in printed for path in bad_images)
     assert json.loads((dataset / "out" / "metrics.json").read_text())["images"] == 6
 
 
 def test_no_readable_image(dataset, fails):
-    """If no image can be read, there is nothing to go on with."""
+    """If no image can be read, that is an error with and without --skip-bad-images."""
     for path in (dataset / "images").iterdir():
         path.write_bytes(b"")
-    assert "00.jpg" in fails(dataset) and "no image" in fails(dataset, skip_bad_images=True)
+    assert "00.jpg" in fails() and "no image" in fails(skip_bad_images=True)
 
 
 @pytest.mark.parametrize("limit", [48 * 48 - 1, 48 * 48 // 2 - 1])
-def test_image_beyond_the_limit(dataset, fails, monkeypatch, limit):
+def test_too_many_pixels(fails, monkeypatch, limit):
     """An image above Pillow's limit is refused, also where Pillow would only warn."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    message = fails(dataset, image_size=32)  # so that only the photos are too large
-    assert "12.jpg" not in message and "11.jpg" in message
+    assert "11.jpg" in fails(image_size=32)
 
 
 # ---------------------------------------------------------------------------- options
@@ -257,68 +252,67 @@ def test_image_beyond_the_limit(dataset, fails, monkeypatch, limit):
 @pytest.mark.parametrize(
     "option",
     [
-        {"backbone": "resnet51"},
-        {"inject": "post"},
-        {"weights": "IMAGENET1K_V9"},
-        {"weights": "no/such/weights.pt"},
-        {"device": "quantum"},
-        {"embed_size": 0},
-        {"hidden_size": -1},
-        {"num_layers": 0},
-        {"batch_size": 0},
-        {"epochs": 0},
-        {"dropout": 2.0},
-        {"seed": -1},
-        {"seed": 2**70},
-        {"weight_decay": float("nan")},
-        {"patience": -1},
-        {"save_every": -500},
-        {"workers": -2},
-        {"learning_rate": 0.0},
-        {"clip": -1.0},
+        {"backbone": "resnet51"}, {"weights": "IMAGENET1K_V9"}, {"weights": "no/such/weights.pt"},
+        {"device": "quantum"}, {"embed_size": 0}, {"hidden_size": -1}, {"num_layers": 0},
+        {"batch_size": 0}, {"epochs": 0}, {"dropout": 2.0}, {"seed": -1}, {"seed": 2**70},
+        {"weight_decay": float("nan")}, {"patience": -1}, {"save_every": -500}, {"num_workers": -2},
+        {"learning_rate": 0.0}, {"grad_clip": -1.0}, {"grad_accum_steps": 0},
+        {"init_from": "no/such/best.pt"},
     ],
     ids=str,
-)
-def test_impossible_options(dataset, fails, option):
-    """An option that cannot be is an error that shows its value."""
+)  # fmt: skip
+def test_invalid_options(fails, option):
+    """An invalid option is an error that shows its value."""
     (value,) = option.values()
-    assert str(value) in fails(dataset, **option)
+    assert str(value) in fails(**option)
 
 
-def test_nothing_to_fine_tune(dataset, fails):
-    """A CNN that sees no images cannot be trained, and that is said before anything is done."""
-    assert "fine_tune" in fails(dataset, blind=True, fine_tune=True)
+@pytest.mark.parametrize("name", ["inject", "precision", "best_by"])
+def test_unknown_choices(dataset, capsys, name):
+    """An unknown choice is an error, which lists the known ones in Python."""
+    with pytest.raises(SystemExit) as caught:
+        main([*command_line(tiny_config(dataset)), *flag(name, "other")])
+    assert caught.value.code == 2 and "'other'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"unknown {name} 'other'; choose from"):
+        tiny_config(dataset, **{name: "other"})
 
 
-def test_files_in_place_of_folders(dataset, fails):
-    """A file named as the folder for results or features is an error that names it."""
-    for name in ("out", "cache"):
-        assert str(dataset / "captions.json") in fails(
-            dataset, **{name: str(dataset / "captions.json")}
-        )
+def test_no_image_to_fine_tune(fails):
+    """A CNN whose features are not used cannot be fine-tuned."""
+    assert "fine-tuned" in fails(no_image=True, fine_tune=True)
 
 
-def test_image_too_small_for_the_backbone(dataset, fails):
-    """A network that cannot take images of that size is an error that shows the size."""
-    assert "24" in fails(dataset, backbone="inception_v3", weights=None, image_size=24)
+def test_image_too_small_for_the_backbone(fails):
+    """A network that cannot process images of that size is an error that shows the size."""
+    assert "24" in fails(backbone="inception_v3", weights=None, image_size=24)
+
+
+@pytest.mark.parametrize("name", ["out", "cache_dir"])
+def test_files_in_place_of_folders(dataset, captions_file, capsys, name):
+    """A file in place of the folder for results or features is named."""
+    assert main(command_line(tiny_config(dataset, **{name: str(captions_file)}))) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(captions_file) in error
 
 
 def test_unknown_dataset(tmp_path):
-    """An unknown dataset is an error that names the known ones."""
-    with pytest.raises(ValueError, match="'coco2015'.*sample, coco2014, coco2017, folder"):
+    """An unknown dataset is an error that lists the known ones."""
+    with pytest.raises(ValueError, match="'coco2015'.*synthetic, coco2014, coco2017, folder"):
         find_splits("coco2015", tmp_path)
 
 
-def test_coco_that_is_not_there(tmp_path):
+def test_missing_coco(tmp_path):
     """If COCO is not in the folder, the error says what is missing there and what to do."""
     with pytest.raises(ValueError, match="captions_train2017.json.*DOWNLOAD"):
         find_splits("coco2017", tmp_path)
 
 
-# ---------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------- PyTorch files
 
 
-class Intruder:
+class Code:
+    """An object whose unpickling creates a folder."""
+
     def __init__(self, path):
         self.path = str(path)
 
@@ -326,46 +320,52 @@ class Intruder:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("content", ["cut off", "weights", "a list", "code"])
-def test_resume_from_something_else(dataset, capsys, content):
-    """A last.pt that is no checkpoint of a run is named and left alone; code in it does not run."""
+@pytest.fixture
+def save(dataset):
+    """Write a file with content of one kind; no code in it may be run afterwards."""
+    network = EncoderCNN(16, "shufflenet_v2_x0_5", weights=None).backbone
+    contents = {"a list": [1], "code": Code(dataset / "unpickled")}
+
+    def save(path, kind):
+        torch.save(contents.get(kind, network.state_dict()), path)
+        if kind == "truncated":
+            path.write_bytes(path.read_bytes()[:-500])
+        if kind == "empty":
+            path.write_bytes(b"")
+
+    yield save
+    assert not (dataset / "unpickled").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
+def test_resume_from_something_else(dataset, capsys, save, kind):
+    """A last.pt that is no checkpoint of a run is named, kept, and none of its code is run."""
     path = dataset / "out" / "last.pt"
     path.parent.mkdir()
-    network = EncoderCNN(16, "shufflenet_v2_x0_5", weights=None)
-    things = {"weights": network.state_dict(), "a list": [1], "code": Intruder(dataset / "trap")}
-    torch.save(things.get(content, network.state_dict()), path)
-    if content == "cut off":
-        path.write_bytes(path.read_bytes()[:-500])
+    save(path, kind)
     before = path.read_bytes()
-    assert main([*command_line(tiny_options(dataset)), "--resume"]) == 1
+    assert main([*command_line(tiny_config(dataset)), "--resume"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and str(path) in error
     assert path.read_bytes() == before and os.listdir(path.parent) == ["last.pt"]
-    assert not (dataset / "trap").exists()
 
 
-@pytest.mark.parametrize("content", ["nothing", "other weights", "code"])
-def test_bad_weights_file(dataset, fails, content):
-    """A weights file that does not fit is named; code in it does not run."""
-    path = dataset / "weights.pt"
-    other = EncoderCNN(16, "shufflenet_v2_x0_5", weights=None).backbone.state_dict()
-    things = {"other weights": other, "code": Intruder(dataset / "trap")}
-    torch.save(things.get(content), path)
-    if content == "nothing":
-        path.write_bytes(b"")
-    error = fails(dataset, weights=str(path))
-    assert str(path) in error and len(error) < 600
-    assert not (dataset / "trap").exists()
+@pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
+def test_weights_from_something_else(dataset, fails, save, kind):
+    """A weights file that does not fit is named, and none of its code is run."""
+    save(dataset / "weights.pt", kind)
+    error = fails(weights=str(dataset / "weights.pt"))
+    assert str(dataset / "weights.pt") in error and len(error) < 600
 
 
-# ---------------------------------------------------------------------------- the disk
+# ---------------------------------------------------------------------------- full disks
 
 
 def test_full_disk(dataset, capsys, monkeypatch):
-    """When the disk is full, what was saved before stays whole, nothing half-written stays."""
-    assert main(command_line(tiny_options(dataset, epochs=1))) == 0
-    out = dataset / "out"
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    """If the disk is full, what was saved stays as it is, and --resume continues later."""
+    assert main(command_line(tiny_config(dataset, epochs=1))) == 0
+    before = {path.name: path.read_bytes() for path in (dataset / "out").iterdir()}
+    resume = [*command_line(tiny_config(dataset, epochs=2)), "--resume"]
 
     def save_half(checkpoint, file):
         file.write(b"half a checkpoint")
@@ -373,28 +373,15 @@ def test_full_disk(dataset, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save_half)
-        assert main([*command_line(tiny_options(dataset, epochs=2)), "--resume"]) == 1
+        assert main(resume) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "No space left" in error and "--resume" in error
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert main([*command_line(tiny_options(dataset, epochs=2)), "--resume"]) == 0
+    assert error.startswith("error: ") and "No space left" in error and "same command" in error
+    assert {path.name: path.read_bytes() for path in (dataset / "out").iterdir()} == before
+    assert main(resume) == 0
 
 
 def test_full_disk_for_features(dataset, fails, monkeypatch):
-    """When there is no room for the features, the run says so before it begins."""
-
-    def refuse(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    assert str(dataset / "cache") in fails(dataset)
-    assert not list((dataset / "cache").glob("features*"))
-
-
-@pytest.mark.parametrize("name", ["out", "cache"])
-def test_folder_that_is_a_file(dataset, capsys, name):
-    """A file where a folder should go is named."""
-    (dataset / "file").write_text("")
-    assert main(command_line(tiny_options(dataset, **{name: str(dataset / "file")}))) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(dataset / "file") in error
+    """If there is no room for the features, the run ends before training, with one sentence."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    assert str(dataset / "cache") in fails()
+    assert not list((dataset / "cache").glob("*/*.npy"))

@@ -1,239 +1,304 @@
-"""Free-running captions: greedy, beam search and sampling, against plain loops over words."""
+"""Decoding strategies: beam search, greedy decoding and sampling, compared with naive.py."""
 
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from naive import END, NaiveDecoder, log_softmax
+from naive import (
+    END,
+    Hypothesis,
+    NaiveDecoder,
+    beam_search,
+    greedy,
+    log_softmax,
+    without_special_tokens,
+)
 
-from model import DecoderRNN
+import decoding
+from decoding import Decoded
+from model import INJECT_MODES, DecoderRNN
 
-INJECT_MODES = ("pre", "par", "init")
 
-
-def random_decoder(seed, inject="pre", vocab_size=9, num_layers=1):
-    """Large weights and a good memory, so that captions differ, end anywhere, and never tie."""
+def random_decoder(seed, inject="pre", vocab_size=9, num_layers=1, images=4):
+    """Large weights and a large forget gate: captions differ and end at any length."""
     torch.manual_seed(seed)
     decoder = DecoderRNN(4, 8, vocab_size, num_layers, dropout=0.5, inject=inject)
     for weight in decoder.parameters():
         torch.nn.init.normal_(weight)
     decoder.lstm.bias_ih_l0.data[8:16] += 4  # the forget gate's
-    return decoder, torch.randn(3, 4)
+    return decoder, torch.randn(images, 4)
 
 
-def undecided_decoder():
-    """One for which no word is too rare to be counted."""
-    decoder, features = random_decoder(26)
+def uncertain_decoder(images):
+    """A decoder for which no word is very improbable."""
+    decoder, features = random_decoder(26, images=images)
     for weight in decoder.linear.parameters():
         weight.data *= 0.2
     return decoder, features
 
 
-def naive_greedy(decoder, image, max_len):
-    naive, words = NaiveDecoder(decoder), []
-    while len(words) < max_len:
-        word = int(naive.speak(words, image).argmax())
-        if word == END:
-            break
-        words.append(word)
-    return words
-
-
-def naive_beam(decoder, image, beam_size, max_len, length_penalty):
-    """The search as `sample` documents it: no tensors, no batches, no early stop."""
+def language_models(decoder, features):
     naive = NaiveDecoder(decoder)
-    beam, ended = [(0.0, [])], []  # (log-probability, words)
-    for _ in range(max_len):
-        longer = [
-            (score + log_p, [*words, word])
-            for score, words in beam
-            for word, log_p in enumerate(naive.speak(words, image))
-            if log_p > -np.inf
-        ]
-        longer = sorted(longer, reverse=True)[:beam_size]
-        ended += [(score / len(words) ** length_penalty, words) for score, words in longer
-                  if words[-1] == END]  # fmt: skip
-        beam = [(score, words) for score, words in longer if words[-1] != END]
-    return max(ended)[1][:-1] if ended else max(beam)[1]
+    return [naive.language_model(image) for image in features.numpy()]
+
+
+def assert_equal(decoded, searches, length_penalty=0.7):
+    """All fields of `decoded` are those of (hypotheses, margin), for each image.
+
+    Images whose margin is close to rounding are left out; they must be few.
+    """
+    if decoded.tokens.dim() == 2:
+        decoded = Decoded(*(field.unsqueeze(1) for field in decoded))
+    n, length = decoded.tokens.shape[1:]
+    assert (decoded.tokens[:, :, -1] != 0).any()  # no column of padding alone
+    clear = [(image, hypotheses) for image, (hypotheses, margin) in enumerate(searches)
+             if margin > 1e-4]  # fmt: skip
+    assert len(decoded.tokens) == len(searches) and len(clear) >= 0.7 * len(searches)
+    for image, hypotheses in clear:
+        tokens, log_probs = np.zeros((2, n, length))
+        ended, scores = np.zeros(n, bool), np.full(n, -np.inf)
+        for row, hypothesis in enumerate(hypotheses):
+            tokens[row, : len(hypothesis.tokens)] = hypothesis.tokens
+            log_probs[row, : len(hypothesis.tokens)] = hypothesis.log_probs
+            ended[row], scores[row] = hypothesis.ended, hypothesis.score(length_penalty)
+        np.testing.assert_array_equal(decoded.tokens[image], tokens)
+        np.testing.assert_array_equal(decoded.ended[image], ended)
+        np.testing.assert_allclose(decoded.log_probs[image], log_probs, atol=1e-4)
+        np.testing.assert_allclose(decoded.scores[image], scores, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- beam search
 
 
 @pytest.mark.parametrize("inject", INJECT_MODES)
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_greedy(inject, num_layers):
-    """A beam of one takes the likeliest word, again and again, until `<end>` or max_len."""
-    lengths = set()
+    """A beam of one takes the most probable token at every step, until `<end>` or max_len."""
+    kinds = set()
     for seed in range(12):
         decoder, features = random_decoder(seed, inject, num_layers=num_layers)
-        expected = [naive_greedy(decoder, image, max_len=8) for image in features.numpy()]
-        assert decoder.sample(features, beam_size=1, max_len=8) == expected
-        lengths |= set(map(len, expected))
-    assert 8 in lengths and len(lengths) > 2  # some captions end by themselves, some do not
+        found = [greedy(model, max_len=8) for model in language_models(decoder, features)]
+        searches = [([hypothesis], margin) for hypothesis, margin in found]
+        assert_equal(decoder.sample(features, beam_size=1, max_len=8), searches)
+        kinds |= {len(h.tokens) if h.ended else "max_len" for h, _ in found}
+    assert "max_len" in kinds and len(kinds) > 2
 
 
 @pytest.mark.parametrize("inject", INJECT_MODES)
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
-def test_beam(inject, length_penalty):
-    """Beam search equals a plain-Python search, for any beam, length and vocabulary."""
+def test_beam_search(inject, length_penalty):
+    """The n best captions of a batch equal those of a naive search for each image alone."""
     for seed in range(12):
         vocab_size, beam_size, max_len = 7 + seed % 6, 1 + seed % 4, 1 + seed * 5 % 8
+        n_best = [None, 1, beam_size][seed % 3]
         decoder, features = random_decoder(seed, inject, vocab_size, num_layers=1 + seed % 2)
-        expected = [
-            naive_beam(decoder, image, beam_size, max_len, length_penalty)
-            for image in features.numpy()
+        searches = [
+            beam_search(model, beam_size, max_len, length_penalty, n_best or 1)
+            for model in language_models(decoder, features)
         ]
-        assert decoder.sample(
-            features, beam_size, max_len, length_penalty=length_penalty
-        ) == expected, f"seed {seed}"  # fmt: skip
+        decoded = decoder.sample(features, beam_size, max_len, length_penalty=length_penalty,
+                                 n_best=n_best)  # fmt: skip
+        assert decoded.tokens.dim() == (3 if n_best else 2)
+        assert_equal(decoded, searches, length_penalty)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
-def test_a_beam_that_holds_everything(length_penalty):
-    """A beam as large as the number of beginnings finds the best of all captions that end."""
-    for seed in range(5):
-        decoder, features = random_decoder(seed, vocab_size=7)  # <end> and three words
-        naive = NaiveDecoder(decoder)
-        for image, words in zip(
-            features.numpy(),
-            decoder.sample(features, 64, max_len=3, length_penalty=length_penalty),
-            strict=True,
-        ):
-            scores = {}
-            for caption in [c for length in range(3) for c in product((4, 5, 6), repeat=length)]:
-                whole = [*caption, END]
-                log_p = sum(naive.speak(whole[:t], image)[whole[t]] for t in range(len(whole)))
-                scores[caption] = log_p / len(whole) ** length_penalty
-            assert len(scores) == 1 + 3 + 9
-            assert tuple(words) == max(scores, key=scores.get)
+def test_exhaustive_beam(length_penalty):
+    """A beam that holds all prefixes ranks all captions that can end within max_len."""
+    decoder, features = random_decoder(3, vocab_size=7, images=8)  # <end> and three words
+    searches = []
+    for model in language_models(decoder, features):
+        captions = [
+            Hypothesis([*words, END], [model(words[:t])[token] for t, token in
+                                       enumerate([*words, END])])
+            for length in range(3) for words in product((4, 5, 6), repeat=length)
+        ]  # fmt: skip
+        assert len(captions) == 1 + 3 + 9
+        captions.sort(key=lambda caption: caption.score(length_penalty), reverse=True)
+        gaps = np.diff([caption.score(length_penalty) for caption in captions])
+        searches.append((captions, -gaps.max()))
+    decoded = decoder.sample(features, 64, max_len=3, length_penalty=length_penalty, n_best=13)
+    assert_equal(decoded, searches, length_penalty)
 
 
-@pytest.mark.parametrize("inject", INJECT_MODES)
-@pytest.mark.parametrize("beam_size", [1, 3])
-def test_batched_equals_one_by_one(inject, beam_size):
-    """An image's caption does not depend on the other images of its batch."""
-    decoder, _ = random_decoder(2, inject)
-    features = 3 * torch.randn(16, 4)
-    one_by_one = [decoder.sample(row, beam_size, max_len=8)[0] for row in features.split(1)]
-    assert decoder.sample(features, beam_size, max_len=8) == one_by_one
-    assert len(set(map(tuple, one_by_one))) > 3
+@pytest.mark.parametrize("vocab_size, captions", [(4, 1), (5, 4)])
+def test_fewer_captions_than_n_best(vocab_size, captions):
+    """If fewer than n captions exist, the last entries are padding with the score -inf."""
+    decoder, features = random_decoder(21, vocab_size=vocab_size)  # no word but <end>, or one
+    decoded = decoder.sample(features, beam_size=50, max_len=3, n_best=6)
+    searches = [beam_search(m, 50, 3, 0.7, 6) for m in language_models(decoder, features)]
+    assert {len(hypotheses) for hypotheses, _ in searches} == {captions}
+    assert_equal(decoded, searches)
 
 
-def test_beam_wider_than_the_vocabulary():
-    """A beam may be wider than there are words, even when each of them ends the caption."""
-    decoder, features = random_decoder(21, vocab_size=4)  # no word at all: only <end>
-    assert decoder.sample(features, beam_size=50, max_len=5) == [[], [], []]
+class Bigrams:
+    """A decoder without a recurrent network: the next token depends on the last and the image."""
+
+    def __init__(self, table):
+        self.table = table  # (vocab_size, vocab_size)
+
+    def init_state(self, memory):
+        return ()
+
+    def step(self, tokens, state, memory):
+        return self.table[tokens] + memory, state
 
 
-@pytest.mark.parametrize("sampling", [{}, {"beam_size": 3}, {"temperature": 1.0}])
-def test_only_words_come_out(sampling):
-    """No caption holds `<pad>`, `<start>`, `<end>` or `<unk>`, however likely they are."""
-    decoder, features = random_decoder(22)
-    decoder.linear.bias.data[[0, 1, 3]] = 50.0
-    captions = decoder.sample(features, max_len=6, **sampling)
-    assert all(4 <= word < 9 for words in captions for word in words)
-    assert any(captions)
+def test_any_decoder():
+    """The search needs no more of a decoder than `init_state` and `step`."""
+    torch.manual_seed(9)
+    table, memory = 2 * torch.randn(8, 8), torch.randn(6, 8)
+
+    def model(image):
+        return lambda tokens: without_special_tokens(
+            (table[tokens[-1] if tokens else 1] + image).numpy()
+        )
+
+    decoded = decoding.beam_search(Bigrams(table), memory, beam_size=4, max_len=6, n_best=3)
+    assert_equal(decoded, [beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
 
 
-def test_dropout_is_off():
-    """Captions are the same every time, also from a decoder in train mode, which it stays in."""
-    decoder, features = random_decoder(23)
-    decoder.train()
-    assert decoder.sample(features, 3) == decoder.sample(features, 3)
-    assert decoder.training
+# ---------------------------------------------------------------------------- sampling
 
 
-def test_seeded_sampling():
-    """The same generator seed draws the same captions, and another seed others."""
-    decoder, _ = random_decoder(24)
-    features = torch.randn(20, 4)
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_sampling_frequencies(temperature, top_k):
+    """Sequences occur as often as the product of softmax(log-probability / temperature) says.
 
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return decoder.sample(features, temperature=1.0, generator=generator)
+    Pearson's chi-square over 8000 captions of at most two tokens: the bar is exceeded by chance
+    once in 10 million (31 sequences at most, so 30 degrees of freedom).
+    """
+    decoder, features = uncertain_decoder(images=1)
+    count, (model,) = 8000, language_models(decoder, features)
+    generator = torch.Generator().manual_seed(0)
+    decoded = decoder.sample(features.expand(count, -1), max_len=2, temperature=temperature,
+                             top_k=top_k, generator=generator)  # fmt: skip
+    counts = {}
+    for tokens in decoded.tokens.tolist():
+        counts[tuple(tokens)] = counts.get(tuple(tokens), 0) + 1
 
-    assert draw(0) == draw(0) != draw(1)
+    def probabilities(tokens):
+        log_probs = model(tokens) / temperature
+        if top_k:
+            log_probs[log_probs < np.sort(log_probs)[-top_k]] = -np.inf
+        return enumerate(np.exp(log_softmax(log_probs)))
 
-
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_top_1_is_greedy(temperature):
-    """Drawing from the one likeliest word is greedy decoding, at any temperature."""
-    decoder, features = random_decoder(25)
-    assert decoder.sample(features, temperature=temperature, top_k=1) == decoder.sample(features)
+    expected = {}
+    for first, p in probabilities([]):
+        pairs = [(0, 1.0)] if first == END or p == 0 else probabilities([first])
+        expected |= {(first, second): count * p * q for second, q in pairs}
+    expected = {tokens: number for tokens, number in expected.items() if number > 0}
+    assert counts.keys() <= expected.keys()
+    assert min(expected.values()) > 3
+    chi_square = sum((counts.get(t, 0) - number) ** 2 / number for t, number in expected.items())
+    assert len(expected) <= 31 and chi_square < 90
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 3])
-def test_sampling_frequencies(temperature, top_k):
-    """Words are drawn as often as softmax(log-probability / temperature) says.
-
-    Pearson's chi-square over 4000 draws, with 5 degrees of freedom at most, stays below 20: chance
-    goes beyond that once in 800 seeds, and this seed is fixed.
-    """
-    decoder, features = undecided_decoder()
-    image, draws = features[:1], 4000
-    generator = torch.Generator().manual_seed(0)
-    captions = decoder.sample(image.expand(draws, -1), max_len=1, temperature=temperature,
-                              top_k=top_k, generator=generator)  # fmt: skip
-    drawn = [words[0] if words else END for words in captions]
-
-    log_p = NaiveDecoder(decoder).speak([], image[0].numpy()) / temperature
-    if top_k:
-        log_p[log_p < np.sort(log_p)[-top_k]] = -np.inf
-    expected = draws * np.exp(log_softmax(log_p))
-    counts = np.bincount(drawn, minlength=9)
-    possible = expected > 0
-    assert counts[~possible].sum() == 0
-    assert expected[possible].min() > 5
-    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 20
+def test_sampled_log_probs(temperature):
+    """`log_probs` are the model's own at any temperature, `scores` their sums."""
+    decoder, features = uncertain_decoder(images=50)
+    decoded = decoder.sample(features, max_len=6, temperature=temperature)
+    searches = []
+    for model, tokens in zip(language_models(decoder, features), decoded.tokens.tolist(),
+                             strict=True):  # fmt: skip
+        tokens = [token for token in tokens if token]
+        log_probs = [model(tokens[:t])[token] for t, token in enumerate(tokens)]
+        searches.append(([Hypothesis(tokens, log_probs)], np.inf))
+    assert_equal(decoded, searches, length_penalty=0)
+    assert len(set(decoded.ended.tolist())) == 2
 
 
-def test_lowest_temperature_is_greedy():
-    """However close the temperature is to 0, nothing overflows: the likeliest words are drawn."""
-    decoder, features = random_decoder(27)
-    assert decoder.sample(features, temperature=1e-40) == decoder.sample(features)
+@pytest.mark.parametrize("options", [{"temperature": 0.5, "top_k": 1},
+                                     {"temperature": 3.0, "top_k": 1},
+                                     {"temperature": 1e-40}], ids=str)  # fmt: skip
+def test_sampling_becomes_greedy(options):
+    """With one candidate, or a temperature close to 0, the most probable tokens are sampled."""
+    decoder, features = random_decoder(25, images=8)
+    found = [greedy(model, max_len=8) for model in language_models(decoder, features)]
+    searches = [([hypothesis], margin) for hypothesis, margin in found]
+    assert_equal(decoder.sample(features, max_len=8, **options), searches, length_penalty=0)
 
 
-@pytest.mark.parametrize("beam_size, temperature", [(1, 0), (3, 0), (1, 0.7)])
-def test_nan_is_no_caption(beam_size, temperature):
-    """Features or weights that are not numbers are an error, not a caption without words."""
+def test_seeded_sampling():
+    """The same seed of the generator samples the same captions, another seed others."""
+    decoder, features = random_decoder(24, images=20)
+    first, second, other = (
+        decoder.sample(features, temperature=1.0, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    )
+    assert all(map(torch.equal, first, second))
+    assert first.tokens.tolist() != other.tokens.tolist()
+
+
+# ---------------------------------------------------------------------------- both
+
+STRATEGIES = pytest.mark.parametrize(
+    "strategy", [{}, {"beam_size": 3}, {"beam_size": 3, "n_best": 2}, {"temperature": 1.0}], ids=str
+)
+
+
+@STRATEGIES
+def test_no_special_tokens(strategy):
+    """`<pad>`, `<start>` and `<unk>` are never generated, however probable they are."""
+    decoder, features = random_decoder(22)
+    decoder.linear.bias.data[[0, 1, 3]] = 50.0
+    decoded = decoder.sample(features, max_len=6, **strategy)
+    generated = decoded.tokens[decoded.log_probs != 0]
+    assert set(generated.tolist()) <= {END, 4, 5, 6, 7, 8} and len(generated) > 4
+    assert not decoded.tokens[decoded.log_probs == 0].any()
+
+
+@STRATEGIES
+def test_dropout_is_off(strategy):
+    """Decoding disables dropout, and leaves the decoder in train mode if it was."""
+    decoder, features = random_decoder(23)
+    results = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        results.append(decoder.train(training).sample(features, **strategy))
+        assert decoder.training == training
+    assert all(map(torch.equal, *results))
+
+
+@STRATEGIES
+def test_nan(strategy):
+    """NaN in the features or the weights is an error, not an empty caption."""
     decoder, features = random_decoder(28)
     features[1] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        decoder.sample(features, beam_size=beam_size, temperature=temperature)
-
-
-def test_sampling_goes_on_from_what_was_drawn():
-    """Each later word is drawn given the words before it: pairs come as often as they should."""
-    decoder, features = undecided_decoder()
-    image, draws = features[:1], 4000
-    generator = torch.Generator().manual_seed(1)
-    captions = decoder.sample(
-        image.expand(draws, -1), max_len=2, temperature=1.0, generator=generator
-    )
-    naive = NaiveDecoder(decoder)
-    first = naive.speak([], image[0].numpy())
-    for word in range(4, 9):
-        second = naive.speak([word], image[0].numpy())
-        for following in range(4, 9):
-            expected = draws * np.exp(first[word] + second[following])
-            spread = 5 * np.sqrt(expected) + 1
-            assert abs(captions.count([word, following]) - expected) < spread
+        decoder.sample(features, **strategy)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "options",
     [
         {"beam_size": 0},
         {"max_len": 0},
+        {"max_len": 0, "temperature": 1.0},
         {"temperature": -1.0},
+        {"temperature": float("nan")},
         {"temperature": 1.0, "top_k": 0},
         {"temperature": 1.0, "beam_size": 2},
+        {"temperature": 1.0, "n_best": 1},
+        {"top_k": 5},
+        {"beam_size": 3, "n_best": 4},
         {"length_penalty": -0.5},
+        {"length_penalty": float("nan")},
     ],
     ids=str,
 )
-def test_bad_arguments(wrong):
-    """Arguments that make no sense are refused."""
+def test_invalid_options(options):
+    """Options out of range, or that contradict each other, raise ValueError."""
     decoder, features = random_decoder(27)
-    with pytest.raises(ValueError):
-        decoder.sample(features, **wrong)
+    with pytest.raises(ValueError, match="must be at least|cannot be combined|requires"):
+        decoder.sample(features, **options)
+
+
+@STRATEGIES
+def test_no_images(strategy):
+    """An empty batch gives an empty result."""
+    decoder, features = random_decoder(29)
+    assert all(len(field) == 0 for field in decoder.sample(features[:0], **strategy))

@@ -1,91 +1,174 @@
-"""Two processes, with the environment that torchrun gives them, against one alone."""
+"""Two processes, with the environment that torchrun gives them, against one; the precision."""
 
 import json
 import multiprocessing
 import os
-import socket
 import sys
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import command_line, tiny_options
+import torch
+from conftest import command_line, tiny_config
 
-from distributed import interleave
-from model import load_safely
+import distributed
+from checkpoint import load_safely
+from distributed import autocast, interleave, resolve_precision
+from model import DecoderRNN
 from train import main
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the processes are forked")
+# ---------------------------------------------------------------------------- two processes
 
 
-def one_of_two(rank, port, options):
+def train(config, rank=0):
+    """Run the command; rank 0 saves the gradient of the first optimizer step beside `out`."""
+    original, file = torch.nn.utils.clip_grad_norm_, Path(f"{config.out}-gradient.pt")
+
+    def clip(parameters, max_norm):
+        if rank == 0 and not file.exists():
+            torch.save([p.grad for p in parameters], file)
+        return original(parameters, max_norm)
+
+    with mock.patch("torch.nn.utils.clip_grad_norm_", clip), mock.patch("features.SHARD_SIZE", 5):
+        assert main(command_line(config)) == 0
+
+
+def train_rank(rank, port, config):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
-    sys.exit(main(command_line(options)))
+    train(config, rank)
 
 
-@pytest.fixture(scope="module")
-def runs(shared_dataset):
-    """The folders of two equal runs: one of a single process, one of two.
-
-    They have no dropout, since each process draws its own, and compute in float32: bfloat16 would
-    round half a batch in another way than a whole one.
-    """
-    with mock.patch("train.fast_precision", lambda device: nullcontext()):
-        return run_both(shared_dataset)
-
-
-def run_both(shared_dataset):
-    alone = tiny_options(shared_dataset, dropout=0.0, learning_rate=0.02)
-    together = replace(alone, out=f"{alone.out}-2", cache=f"{alone.cache}-2")
-    assert main(command_line(alone)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def train_in_two_processes(config):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=one_of_two, args=(rank, port, together)) for rank in (0, 1)]
+    processes = [
+        fork.Process(target=train_rank, args=(rank, store.port, config)) for rank in (0, 1)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=100)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
-    return Path(alone.out), Path(together.out)
 
 
-def test_two_processes_train_as_one(runs):
-    """Two processes that share every batch reach the same losses and weights as one alone."""
-    alone, together = (
-        [json.loads(line) for line in (out / "history.jsonl").open()] for out in runs
-    )
-    for name in ("train_loss", "val_loss"):
-        expected = [line[name] for line in alone]
-        assert [line[name] for line in together] == pytest.approx(expected, rel=1e-4)
-    alone, together = (load_safely(out / "best.pt")["model"] for out in runs)
-    for name, weight in alone.items():
-        assert (weight - together[name]).abs().max() < 1e-2, name
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def runs(shared_dataset, request):
+    """(relative precision, folder of a run of one process, folder of the same run of two).
+
+    Without dropout, whose random numbers differ between processes.
+    """
+    if sys.platform != "linux":
+        pytest.skip("the processes are forked")
+    try:
+        resolve_precision("cpu", request.param)
+    except ValueError as unsupported:
+        pytest.skip(str(unsupported))
+    one, two = (
+        tiny_config(shared_dataset, dropout=0.0, learning_rate=0.02, grad_accum_steps=2,
+                    precision=request.param, out=f"{shared_dataset}/{request.param}-{number}",
+                    cache_dir=f"{shared_dataset}/cache-{number}")
+        for number in (1, 2)
+    )  # fmt: skip
+    train(one)
+    train_in_two_processes(two)
+    return 1e-5 if request.param == "float32" else 2e-2, Path(one.out), Path(two.out)
 
 
-def test_two_processes_report_as_one(runs):
-    """Two processes that share the captioning report the scores of one alone."""
-    alone, together = (json.loads((out / "metrics.json").read_text()) for out in runs)
-    for name, value in alone.items():
-        same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
-        assert together[name] == same, name
+def test_same_gradient(runs):
+    """Two processes that share every batch accumulate the gradient of a single process."""
+    tolerance, one, two = runs
+    gradients = (load_safely(f"{out}-gradient.pt") for out in (one, two))
+    for expected, found in zip(*gradients, strict=True):
+        assert expected.abs().max() > 0
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_only_one_process_writes(runs):
-    """Two processes leave the same files as one alone."""
-    alone, together = (sorted(path.name for path in out.iterdir()) for out in runs)
-    assert together == alone
+def test_same_losses(runs):
+    """Two processes reach the losses of a single process, epoch by epoch."""
+    tolerance, one, two = runs
+    expected, found = (
+        [[line[f"{split}_loss"] for split in ("train", "val")] for line in
+         map(json.loads, (out / "history.jsonl").open())]
+        for out in (one, two)
+    )  # fmt: skip
+    assert len(expected) == 2
+    for epoch in (0, 1):
+        assert found[epoch] == pytest.approx(expected[epoch], rel=tolerance)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_interleave(world):
-    """What was dealt out to processes is put together in its order."""
+def test_same_metrics(runs):
+    """Two processes that share the captioning get the metrics of a single process.
+
+    In bfloat16 rounding could change a caption: only the perplexity is compared.
+    """
+    tolerance, one, two = runs
+    expected, found = (json.loads((out / "metrics.json").read_text()) for out in (one, two))
+    assert found.keys() == expected.keys()
+    for name in ["perplexity"] if expected["precision"] == "bfloat16" else expected:
+        value = expected[name]
+        same = value if isinstance(value, str) else pytest.approx(value, rel=tolerance)
+        assert found[name] == same, name
+
+
+def test_one_process_writes(runs):
+    """Two processes leave the files of a single process."""
+    _, one, two = runs
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_interleave(world_size):
+    """`interleave` restores the order of a list that was divided between ranks."""
     whole = list(range(7))
-    assert interleave([whole[rank::world] for rank in range(world)]) == whole
+    assert interleave([whole[rank::world_size] for rank in range(world_size)]) == whole
+
+
+# ---------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("lstm", [False, True])
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_precision_of_a_cpu(monkeypatch, accelerated, lstm, precision):
+    """ "auto" is bfloat16 on a CPU that accelerates it and can run an LSTM in it.
+
+    Choosing bfloat16 where the LSTM does not support it is an error.
+    """
+    capabilities = {"amx_bf16": accelerated}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(distributed, "_lstm_supports_bfloat16", lambda device_type: lstm)
+    if precision == "bfloat16" and not lstm:
+        with pytest.raises(ValueError, match="does not support bfloat16.*--precision float32"):
+            resolve_precision("cpu", precision)
+        return
+    expected = precision
+    if precision == "auto":
+        expected = "bfloat16" if accelerated and lstm else "float32"
+    assert resolve_precision("cpu", precision) == expected
+    with autocast("cpu", precision):
+        assert (torch.rand(4, 4) @ torch.rand(4, 4)).dtype == getattr(torch, expected)
+
+
+def test_unknown_precision():
+    """An unknown precision is an error that lists the known ones."""
+    with pytest.raises(ValueError, match="'half'.*auto, float32, bfloat16"):
+        resolve_precision("cpu", "half")
+
+
+def test_cpu_that_reports_bfloat16(monkeypatch):
+    """Whatever a CPU reports, a training step works, and the check uses no random number."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    distributed._lstm_supports_bfloat16.cache_clear()
+    decoder, state = DecoderRNN(8, 8, vocab_size=9), torch.get_rng_state()
+    with autocast("cpu"):
+        decoder(torch.rand(2, 8), torch.tensor([[1, 4, 2], [1, 5, 2]])).sum().backward()
+    assert torch.isfinite(decoder.lstm.weight_hh_l0.grad).all()
+    torch.set_rng_state(state)
+    distributed._lstm_supports_bfloat16.cache_clear()
+    distributed._lstm_supports_bfloat16("cpu")
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,37 +1,39 @@
-"""The cache of what a frozen CNN sees."""
+"""The features of a frozen CNN and their cache."""
 
 import os
 import pickle
-import platform
+import shutil
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import seeing_weights
+from conftest import calibrated_weights
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import features
-from features import encode_images, find_bad_images, keep_freed_memory
-from model import BadImageError, EncoderCNN, eval_transform, load_image
+from data_loader import identity_collate
+from distributed import resolve_precision
+from features import FeatureArray, ReadableImages, extract_features, find_bad_images, fingerprint
+from files import fcntl
+from images import BadImageError, eval_transform, load_image
+from model import EncoderCNN
 
 transform = eval_transform(64)
 
 
+def new_encoder(encoder_class=EncoderCNN, **options):
+    torch.manual_seed(0)
+    options = {"weights": calibrated_weights(), "precision": "float32", **options}
+    return encoder_class(16, "mobilenet_v3_small", **options)
+
+
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    return EncoderCNN(16, "mobilenet_v3_small", weights=seeing_weights())
-
-
-@pytest.fixture(autouse=True)
-def full_precision(monkeypatch):
-    """Some processors would compute in bfloat16, and the oracle does not."""
-    monkeypatch.setattr(features, "fast_precision", lambda device: nullcontext())
+    return new_encoder()
 
 
 @pytest.fixture
@@ -40,100 +42,165 @@ def paths(dataset):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    """The files that were decoded, one entry each time."""
-    files, opened = [], Image.open
+def extract(encoder, tmp_path):
+    def run(paths, encoder=encoder, transform=transform, **options):
+        return extract_features(encoder, paths, transform, tmp_path, **options)
 
-    def count(source):
-        files.append(source)
-        return opened(source)
+    return run
 
-    monkeypatch.setattr(Image, "open", count)
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The image files that are opened, in order."""
+    files, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: files.append(file) or original(file))
     return files
 
 
-def directly(encoder, paths):
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Five images per file: the dozen images make three files, the last one smaller."""
+    monkeypatch.setattr(features, "SHARD_SIZE", 5)
+
+
+def assert_right(found, encoder, paths, transform=transform):
     """The oracle: one image at a time, without a cache."""
     encoder.eval()
     with torch.no_grad():
-        return torch.cat([encoder.pool(transform(path)[None]) for path in paths]).numpy()
+        expected = torch.cat([encoder.forward_features(transform(p)[None]) for p in paths]).numpy()
+    assert found.shape == expected.shape and found[:].dtype == np.float16
+    np.testing.assert_allclose(found[:], expected, rtol=2e-3, atol=1e-3)
 
 
-def test_cached_features(encoder, paths, tmp_path):
-    """A row is the pooled features of its image, in half precision."""
-    found = encode_images(encoder, paths, transform, tmp_path, batch_size=5)
-    assert found.rows.dtype == np.float16 and found.bad == {}
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+# ---------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_features(paths, tmp_path, pooled):
+    """The features are those of the encoder, of the image or of each position, in float16."""
+    encoder = new_encoder(pooled=pooled)
+    found = extract_features(encoder, paths, transform, tmp_path, batch_size=5)
+    assert_right(found.features, encoder, paths)
+    assert found.bad == {} and found.features.shape[1] == (1 if pooled else 4)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "densenet121"])
 def test_folded_batch_norm(backbone):
-    """A copy without BatchNorms sees the same, and the encoder itself keeps its own."""
+    """The copy for inference has fewer BatchNorms, the encoder keeps its own; both agree."""
     torch.manual_seed(0)
-    encoder = EncoderCNN(16, backbone, weights=None, mirror=True).eval()
+    encoder = EncoderCNN(16, backbone, weights=None, flip=True).eval()
     norms = [m for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for norm in norms:  # as after training: far from doing nothing
+    for norm in norms:  # as after training: far from the identity
         norm.running_mean.normal_(0, 0.1)
         norm.running_var.uniform_(0.5, 2)
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
         torch.nn.init.normal_(norm.bias)
-    images = torch.rand(2, 3, 64, 64)
-    folded = features.without_batch_norm(encoder)
+    folded, images = features.optimized_for_inference(encoder), torch.rand(2, 3, 64, 64)
     left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert left < len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules())
     with torch.no_grad():
-        expected = encoder.pool(images)
-        error = (folded.pool(images) - expected).abs().max() / expected.abs().max()
+        expected = encoder.forward_features(images)
+        error = (folded.forward_features(images) - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
 
 
-def test_features_of_a_quantized_backbone(paths, tmp_path):
-    """The features of a CNN in int8 are kept like all others, and told from those of another."""
-    files = set()
+def test_quantized_backbone(paths, tmp_path):
+    """The features of an int8 CNN are cached like others, and those of other weights apart."""
     for seed in (0, 1):
         torch.manual_seed(seed)
-        encoder = EncoderCNN(16, "quantized_shufflenet_v2_x0_5", weights=None)
-        rows = encode_images(encoder, paths, transform, tmp_path).rows
-        np.testing.assert_allclose(rows, directly(encoder, paths), rtol=1e-3, atol=1e-4)
-        files = files | set(tmp_path.glob("*.json"))
-    assert len(files) == 2
+        encoder = EncoderCNN(16, "quantized_shufflenet_v2_x0_5", None, precision="float32")
+        assert_right(extract_features(encoder, paths, transform, tmp_path).features, encoder, paths)
+    assert len(list(tmp_path.glob("features-*"))) == 2
 
 
-def test_workers_can_be_sent_their_work(encoder, paths, tmp_path, monkeypatch):
-    """Where a worker begins as a new program, as on macOS and Windows, its work is pickled."""
-
-    def loader(dataset, batch_size, num_workers, collate_fn):
-        assert num_workers == 2
-        return DataLoader(*pickle.loads(pickle.dumps((dataset, batch_size))),
-                          collate_fn=pickle.loads(pickle.dumps(collate_fn)))  # fmt: skip
-
-    monkeypatch.setattr(features, "DataLoader", loader)
-    found = encode_images(encoder, paths, transform, tmp_path, workers=2)
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_encoder_keeps_its_mode(paths, tmp_path, fine_tune):
+    """Features are computed in eval mode, and the encoder keeps the mode that it was in."""
+    encoder = new_encoder(fine_tune=fine_tune).train()
+    found = extract_features(encoder, paths, transform, tmp_path)
+    assert encoder.training and encoder.backbone.training == fine_tune
+    assert_right(found.features, encoder, paths)
 
 
-def test_rows_are_written_alone(tmp_path):
-    """Writing some rows leaves the bytes of all others as they are."""
-    rows = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float16)
-    np.save(tmp_path / "rows.npy", rows)
-    features.write_rows(tmp_path / "rows.npy", [7, 2], 2 * rows[[7, 2]])
-    rows[[7, 2]] *= 2
-    np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), rows)
+def test_worker_processes(encoder, extract, paths):
+    """Worker processes give the same features; what they get and return can be pickled."""
+    images = pickle.loads(pickle.dumps(ReadableImages(paths, transform)))
+    assert torch.equal(images[3][0], transform(paths[3]))
+    assert pickle.loads(pickle.dumps(identity_collate)) is identity_collate
+    assert_right(extract(paths, num_workers=2).features, encoder, paths)
 
 
-def test_features_that_never_arrived(encoder, paths, tmp_path, monkeypatch):
-    """If another process's features are not in the file, that is an error and not a row of zeros.
+def test_feature_array(tmp_path):
+    """A FeatureArray over several files is indexed like the array of all its rows."""
+    size = features.SHARD_SIZE
+    rows = np.random.default_rng(0).normal(size=(2 * size + 7, 1, 3)).astype(np.float16)
+    files = [tmp_path / f"{start}.npy" for start in range(0, len(rows), size)]
+    for number, file in enumerate(files):
+        np.save(file, rows[number * size : (number + 1) * size])
+    array = FeatureArray(files)
+    assert len(array) == len(rows) and array.shape == rows.shape
+    for index in ([size, 0, 2 * size + 6, size - 1, 0], slice(size - 2, None, 3), slice(-9, -1)):
+        np.testing.assert_array_equal(array[index], rows[index])
+    with pytest.raises(IndexError):
+        array[[len(rows)]]
 
-    The file is not declared complete either: the next start encodes what is missing.
-    """
-    encode_rows = features.encode_rows
-    with monkeypatch.context() as patch:
-        patch.setattr(features, "encode_rows", lambda e, p, t, todo, *rest: encode_rows(
-            e, p, t, todo[:-3], *rest))  # fmt: skip
-        with pytest.raises(OSError, match="3 features are missing"):
-            encode_images(encoder, paths, transform, tmp_path)
-    found = encode_images(encoder, paths, transform, tmp_path)
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+
+# ---------------------------------------------------------------------------- the cache
+
+
+def test_second_call_opens_no_image(extract, paths, opened):
+    """The second call loads the features and opens no image."""
+    first = extract(paths).features[:]
+    assert len(opened) == 12
+    np.testing.assert_array_equal(extract(paths).features[:], first)
+    assert len(opened) == 12
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "image", "time", "size", "order", "flip", "pooled", "precision"]
+)
+def test_other_input_is_computed(paths, tmp_path, opened, change):
+    """Features of another encoder, precision, image size or images are not used for these."""
+    encoder, size = new_encoder(), 64
+    extract_features(encoder, paths, eval_transform(size), tmp_path)
+    opened.clear()
+    if change == "weights":
+        encoder.backbone.features[0][0].weight.data[0, 0, 0, 0] += 1e-3
+    if change == "image":
+        Image.new("RGB", (48, 48), "red").save(paths[3])
+    if change == "time":
+        os.utime(paths[0], (1, 1))
+    if change == "size":
+        size = 80
+    if change == "order":
+        paths.reverse()
+    if change == "flip":
+        encoder.flip = True
+    if change == "pooled":
+        encoder = new_encoder(pooled=False)
+    if change == "precision":
+        encoder.precision = supported("bfloat16")
+    found = extract_features(encoder, paths, eval_transform(size), tmp_path).features
+    assert opened == paths
+    if change != "precision":  # the oracle computes in float32
+        assert_right(found, encoder, paths, eval_transform(size))
+
+
+def supported(precision):
+    try:
+        return resolve_precision("cpu", precision)
+    except ValueError as unsupported:
+        pytest.skip(str(unsupported))
+
+
+def test_precision_auto(encoder, paths):
+    """The cache of precision "auto" is that of the precision it selects."""
+    selected = resolve_precision("cpu", "auto")
+    auto, same = (
+        fingerprint(new_encoder(precision=p), paths, transform) for p in ("auto", selected)
+    )
+    assert auto == same
+    assert (fingerprint(encoder, paths, transform) == auto) == (selected == "float32")
 
 
 def grey(image, min_size):
@@ -141,206 +208,168 @@ def grey(image, min_size):
 
 
 class Squared(EncoderCNN):
-    def pool(self, images):
-        return super().pool(images) ** 2
+    def forward_features(self, images):
+        return super().forward_features(images) ** 2
 
 
-def test_own_transform_or_encoder(encoder, paths, tmp_path):
-    """A transform or encoder of one's own never gets another's features, alike as they look."""
-    own = v2.Compose([v2.Lambda(partial(grey, min_size=64)), *transform.transforms[1:]])
-    assert repr(own) == repr(transform)
-    torch.manual_seed(0)
-    squared = Squared(16, "mobilenet_v3_small", weights=seeing_weights())
-    usual = encode_images(encoder, paths, transform, tmp_path).rows
-    for found in (
-        encode_images(encoder, paths, own, tmp_path).rows,
-        encode_images(squared, paths, transform, tmp_path).rows,
-    ):
-        assert not np.allclose(found, usual, rtol=2e-3, atol=1e-3)
+def test_custom_transform_or_encoder(extract, paths):
+    """A custom transform or encoder never gets the features of another that looks the same."""
+    custom = v2.Compose([v2.Lambda(partial(grey, min_size=64)), *transform.transforms[1:]])
+    assert repr(custom) == repr(transform)
+    usual = extract(paths).features[:]
+    for found in (extract(paths, transform=custom), extract(paths, encoder=new_encoder(Squared))):
+        assert not np.allclose(found.features[:], usual, rtol=2e-3, atol=1e-3)
 
 
-def test_encoder_keeps_its_mode(paths, tmp_path):
-    """Encoding happens in eval mode, and leaves a fine-tuned encoder in the mode it was in."""
-    torch.manual_seed(0)
-    encoder = EncoderCNN(16, "mobilenet_v3_small", seeing_weights(), fine_tune=True).train()
-    found = encode_images(encoder, paths, transform, tmp_path)
-    assert encoder.training and encoder.backbone.training
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+def test_runs_that_share_a_cache(encoder, extract, paths, opened):
+    """Of two runs that need the same features at the same time, one computes them for both."""
+    if fcntl is None:
+        pytest.skip("this system has no file locks")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(extract, paths) for _ in range(2)]
+        found = [job.result().features for job in jobs]
+    assert sorted(opened) == paths
+    for array in found:
+        assert_right(array, encoder, paths)
 
 
-def test_second_call_encodes_nothing(encoder, paths, tmp_path, decoded):
-    """The second time the features come from the file: no image is even opened."""
-    first = encode_images(encoder, paths, transform, tmp_path)
-    assert len(decoded) == 12
-    second = encode_images(encoder, paths, transform, tmp_path)
-    assert len(decoded) == 12
-    np.testing.assert_array_equal(first.rows, second.rows)
+# ---------------------------------------------------------------------------- several files
 
 
-@pytest.mark.parametrize("changed", ["weights", "image", "size", "order", "mirror"])
-def test_other_input_is_encoded_anew(paths, tmp_path, decoded, changed):
-    """Features of other weights, images or another image size are never taken for these."""
-    torch.manual_seed(0)
-    encoder, size = EncoderCNN(16, "mobilenet_v3_small", seeing_weights()), 64
-    encode_images(encoder, paths, eval_transform(size), tmp_path)
-    decoded.clear()
-    if changed == "weights":
-        encoder.backbone.features[0][0].weight.data[0, 0, 0, 0] += 1e-3
-    if changed == "image":
-        Image.new("RGB", (48, 48), "red").save(paths[3])
-    if changed == "size":
-        size = 80
-    if changed == "order":
-        paths.reverse()
-    if changed == "mirror":
-        encoder.mirror = True
-    found = encode_images(encoder, paths, eval_transform(size), tmp_path)
-    assert decoded == paths
-    with torch.no_grad():
-        expected = encoder.pool(torch.stack([eval_transform(size)(path) for path in paths]))
-    np.testing.assert_allclose(found.rows, expected.numpy(), rtol=2e-3, atol=1e-3)
+def test_shards(encoder, extract, paths, tmp_path, small_shards):
+    """The features of more images than fit into a file are right, computed and loaded."""
+    for _ in range(2):
+        assert_right(extract(paths, batch_size=2).features, encoder, paths)
+    assert [len(np.load(file)) for file in sorted(tmp_path.glob("*/*.npy"))] == [5, 5, 2]
 
 
-def test_image_of_the_same_size_and_another_time(encoder, paths, tmp_path, decoded):
-    """An image rewritten later counts as changed even if its size is the same."""
-    encode_images(encoder, paths, transform, tmp_path)
-    decoded.clear()
-    os.utime(paths[0], (1, 1))
-    encode_images(encoder, paths, transform, tmp_path)
-    assert decoded == paths
+def test_interruption(encoder, extract, paths, opened, monkeypatch, small_shards):
+    """After an interruption, at most one file of features is computed again."""
+    original, calls = features.forward_batch, []
 
-
-def test_interruption(encoder, paths, tmp_path, decoded, monkeypatch):
-    """Interrupted, encoding goes on from its last note, and ends with the same features."""
-    monkeypatch.setattr(features, "SAVE_EVERY", 4)
-    calm_pool, calls = encoder.pool, []
-
-    def pool(images):
-        calls.append(len(images))
-        if len(calls) == 4:
+    def forward_batch(*args):
+        calls.append(args)
+        if len(calls) == 6:  # after the probe: 2, 2, 1 images of the first file, 2 of the second
             raise KeyboardInterrupt
-        return calm_pool(images)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoder, "pool", pool)
+        patch.setattr(features, "forward_batch", forward_batch)
         with pytest.raises(KeyboardInterrupt):
-            encode_images(encoder, paths, transform, tmp_path, batch_size=2)
-    decoded.clear()
-    found = encode_images(encoder, paths, transform, tmp_path, batch_size=2)
-    assert decoded == paths[4:]  # 6 were encoded, 4 were noted
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+            extract(paths, batch_size=2)
+    opened.clear()
+    assert_right(extract(paths, batch_size=2).features, encoder, paths)
+    assert opened[:7] == paths[5:]
 
 
-@pytest.mark.parametrize("damage", ["a byte", "cut off", "gone"])
-def test_damaged_file(encoder, paths, tmp_path, damage, capsys):
-    """Features whose file was damaged are computed anew, and are right."""
-    encode_images(encoder, paths, transform, tmp_path)
-    (file,) = (path for path in tmp_path.glob("*.npy") if "state" not in path.name)
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    if damage == "gone":
+@pytest.mark.parametrize("damage", ["truncated", "empty", "deleted", "too short", "no array"])
+def test_damaged_shard(encoder, extract, paths, tmp_path, opened, damage, small_shards):
+    """A damaged or deleted file of features is computed again, and only this one."""
+    extract(paths)
+    file = sorted(tmp_path.glob("*/*.npy"))[1]
+    content = file.read_bytes()
+    replaced = {"truncated": content[:-100], "empty": b"", "no array": b"text" * 99}
+    if damage == "deleted":
         file.unlink()
+    elif damage == "too short":
+        np.save(file, np.load(file)[:4])
     else:
-        file.write_bytes(content if damage == "a byte" else content[:-100])
-    found = encode_images(encoder, paths, transform, tmp_path)
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+        file.write_bytes(replaced[damage])
+    opened.clear()
+    found = extract(paths).features
+    assert opened == paths[5:10]
+    assert_right(found, encoder, paths)
 
 
-def test_bad_images(encoder, paths, tmp_path):
-    """Images that cannot be read are listed, all of them, and their rows are zero."""
+def test_shards_of_another_rank_are_missing(encoder, extract, paths, monkeypatch, small_shards):
+    """Files that another rank did not write are an error, and are computed at the next start."""
+    compute = features.compute_shards
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            features, "compute_shards", lambda *args: compute(*args[:4], args[4][:-1], *args[5:])
+        )
+        with pytest.raises(OSError, match="00000010.npy is missing"):
+            extract(paths)
+    assert_right(extract(paths).features, encoder, paths)
+
+
+def test_too_small_a_disk(encoder, extract, paths, tmp_path, monkeypatch, small_shards):
+    """A disk without room for all missing features is an error before any image is encoded."""
+    Usage = namedtuple("Usage", "total used free")
+    needed = 12 * encoder.feature_size * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, needed - 1))
+        with pytest.raises(OSError, match="choose another --cache-dir") as caught:
+            extract(paths)
+        assert len(str(caught.value).splitlines()) == 1
+        assert not list(tmp_path.glob("*/*.npy"))
+        patch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, needed))
+        assert_right(extract(paths).features, encoder, paths)
+
+
+# ---------------------------------------------------------------------------- bad images
+
+
+def damage(paths):
+    """Damage three images; their indices."""
     paths[2].write_bytes(b"no image")
     paths[3].unlink()
     paths[11].write_bytes(b"")
-    for _ in range(2):  # computed, then from the file
-        found = encode_images(encoder, paths, transform, tmp_path, batch_size=4, skip_bad=True)
-        assert sorted(found.bad) == [2, 3, 11]
-        assert all(str(paths[row]) in why for row, why in found.bad.items())
-        assert not found.rows[[2, 3, 11]].any()
-        good = [path for row, path in enumerate(paths) if row not in found.bad]
-        np.testing.assert_allclose(
-            np.delete(found.rows, [2, 3, 11], axis=0), directly(encoder, good), rtol=2e-3, atol=1e-3
-        )
+    return [2, 3, 11]
 
 
-def test_image_that_recovers(encoder, paths, tmp_path, monkeypatch):
-    """An image that could not be read for a while is encoded as soon as it can be."""
-    opened = Image.open
-
-    def fail(source):
-        if source == paths[5]:
-            raise OSError("the network is down")
-        return opened(source)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", fail)
-        found = encode_images(encoder, paths, transform, tmp_path, skip_bad=True)
-        assert list(found.bad) == [5]
-    found = encode_images(encoder, paths, transform, tmp_path)
-    assert found.bad == {}
-    np.testing.assert_allclose(found.rows, directly(encoder, paths), rtol=2e-3, atol=1e-3)
+def test_bad_images(encoder, extract, paths, small_shards):
+    """With `skip_bad`, all images that cannot be read are listed, and their features are zero."""
+    bad = damage(paths)
+    for _ in range(2):  # computed, then loaded
+        found = extract(paths, batch_size=4, skip_bad=True)
+        assert sorted(found.bad) == bad
+        assert all(str(paths[index]) in reason for index, reason in found.bad.items())
+        assert not found.features[bad].any()
+        good = sorted({*range(12)} - {*bad})
+        assert_right(found.features[good], encoder, [paths[index] for index in good])
 
 
-@pytest.mark.skipif(platform.system() == "Windows", reason="there are no such locks")
-def test_runs_that_share_a_cache(encoder, paths, decoded, tmp_path):
-    """Of two runs that want the same features at the same time, one computes them for both."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(encode_images, encoder, paths, transform, tmp_path) for _ in "12"]
-        one, other = (job.result() for job in jobs)
-    assert sorted(decoded) == paths
-    np.testing.assert_array_equal(one.rows, other.rows)
-
-
-def test_image_that_recovers_at_once(encoder, paths, tmp_path, monkeypatch):
-    """An image that failed and can be read a moment later is named all the same: it is missing."""
-    opened, failures = Image.open, [paths[5]]
-
-    def fail(source):
-        if source in failures:
-            failures.remove(source)
-            raise OSError("the network is down")
-        return opened(source)
-
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(BadImageError, match=f"{paths[5].name}.*start again"):
-        encode_images(encoder, paths, transform, tmp_path)
-    assert encode_images(encoder, paths, transform, tmp_path).bad == {}
-
-
-def test_bad_images_stop_the_caller(encoder, paths, tmp_path):
-    """Without `skip_bad`, unreadable images are an error that names all of them."""
-    paths[2].write_bytes(b"no image")
-    paths[3].unlink()
+def test_bad_images_are_an_error(extract, paths, small_shards):
+    """Without `skip_bad`, an error names all images that cannot be read, and no other."""
+    bad = damage(paths)
     with pytest.raises(BadImageError) as caught:
-        encode_images(encoder, paths, transform, tmp_path)
-    for row, path in enumerate(paths):
-        assert (str(path) in str(caught.value)) == (row in (2, 3))
+        extract(paths)
+    for index, path in enumerate(paths):
+        assert (str(path) in str(caught.value)) == (index in bad)
 
 
-def test_no_good_image(encoder, paths, tmp_path):
-    """Even if no image can be read, that is a list of reasons and not a crash."""
+@pytest.mark.parametrize("skip_bad", [True, False])
+def test_image_that_recovers(encoder, extract, paths, monkeypatch, skip_bad):
+    """An image that could not be read, once, is encoded as soon as it can be read."""
+    original, failing = Image.open, [paths[5]]
+
+    def fail_once(file):
+        if file in failing:
+            failing.remove(file)
+            raise OSError("the network is down")
+        return original(file)
+
+    monkeypatch.setattr(Image, "open", fail_once)
+    if skip_bad:
+        assert list(extract(paths, skip_bad=True).bad) == [5]
+    else:
+        with pytest.raises(BadImageError, match=f"{paths[5].name}: the network is down"):
+            extract(paths)
+    found = extract(paths)
+    assert found.bad == {}
+    assert_right(found.features, encoder, paths)
+
+
+def test_no_good_image(extract, paths):
+    """If no image can be read, all of them are listed."""
     for path in paths:
         path.write_bytes(b"no image")
-    found = encode_images(encoder, paths, transform, tmp_path, skip_bad=True)
-    assert sorted(found.bad) == list(range(12))
+    assert sorted(extract(paths, skip_bad=True).bad) == list(range(12))
 
 
 def test_find_bad_images(paths):
-    """Looking for unreadable images finds them all, and only them."""
-    paths[2].write_bytes(b"no image")
-    paths[3].unlink()
+    """`find_bad_images` lists the images that cannot be read, and no other."""
+    bad = damage(paths)
     found = find_bad_images(paths, transform)
-    assert sorted(found) == [2, 3]
-    assert "there is no such file" in found[3]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_freed_memory_is_kept():
-    """A large tensor costs new pages from the system a few times, and then takes the freed ones."""
-    resource = pytest.importorskip("resource")
-    pages = []
-    with keep_freed_memory():
-        for _ in range(8):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(2**24)  # 64 MB, 16,384 pages
-            pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(pages) < 100
+    assert sorted(found) == bad and "there is no such file" in found[3]

@@ -1,4 +1,4 @@
-"""Hundreds of damaged files: each ends in a right result or in one sentence, never otherwise."""
+"""Hundreds of damaged files: each gives a correct result, or an error of one line."""
 
 import copy
 import io
@@ -9,26 +9,28 @@ import pytest
 import torch
 from PIL import Image
 
-from data_loader import CaptionData, DataError, get_loader
-from model import BadImageError, load_image, load_safely
+from checkpoint import load_safely
+from coco import CocoCaptions, DataError
+from data_loader import train_loader
+from images import BadImageError, load_image
 from vocabulary import Vocabulary
 
-IMAGES = CAPTIONS = 320  # damaged files of either kind
+IMAGES = CAPTIONS = 320  # damaged files of each kind
 
 
 # ---------------------------------------------------------------------------- damage
 
 
 def damage(content: bytes, rng, others) -> bytes:
-    """Cut off, flip bits, overwrite, leave out, repeat, or splice in a piece of another file."""
+    """Truncate, flip bits, overwrite, delete, repeat, or insert a part of another file."""
     content = bytearray(content)
     start, stop = sorted(rng.integers(0, len(content), 2))
     kind = rng.integers(6)
     if kind == 0:
         del content[start:]
     if kind == 1:
-        for place in rng.integers(0, len(content), rng.integers(1, 9)):
-            content[place] ^= 1 << rng.integers(8)
+        for index in rng.integers(0, len(content), rng.integers(1, 9)):
+            content[index] ^= 1 << rng.integers(8)
     if kind == 2:
         content[start : start + 4] = b"\xff\xff\xff\xff"[: len(content) - start]
     if kind == 3:
@@ -41,12 +43,12 @@ def damage(content: bytes, rng, others) -> bytes:
     return bytes(content)
 
 
-def whole_images():
+def valid_images():
     """Small files of many kinds: JPEG, PNG, WebP and GIF in several modes."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
     exif = Image.Exif()
-    exif[274] = 6  # orientation: lies on its side
+    exif[274] = 6  # orientation: rotated
     kinds = [
         ("JPEG", "RGB", {"exif": exif}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "L", {}),
         ("JPEG", "CMYK", {}), ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}),
@@ -63,17 +65,17 @@ def whole_images():
     return files
 
 
-def test_whole_images(tmp_path):
-    """Undamaged, every one of these images can be read."""
-    for content in whole_images():
+def test_valid_images(tmp_path):
+    """Every one of these images can be read before it is damaged."""
+    for content in valid_images():
         (tmp_path / "image").write_bytes(content)
         assert load_image(tmp_path / "image").mode == "RGB"
 
 
-@pytest.mark.filterwarnings("ignore")  # of Pillow's, about what it could make sense of
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about what it repairs
 def test_damaged_images(tmp_path):
-    """A damaged image is read as upright RGB, or refused in a line that names it."""
-    files, path = whole_images(), tmp_path / "image.jpg"
+    """A damaged image is read as upright RGB, or is an error of one line that names it."""
+    files, path = valid_images(), tmp_path / "image.jpg"
     refused = 0
     for number in range(IMAGES):
         rng = np.random.default_rng(number)
@@ -85,7 +87,7 @@ def test_damaged_images(tmp_path):
         except BadImageError as error:
             refused += 1
             assert str(path) in str(error) and len(str(error).splitlines()) == 1, number
-    assert IMAGES / 4 < refused < IMAGES  # the damage is neither negligible nor total
+    assert IMAGES / 4 < refused < IMAGES  # neither all nor none of them is unreadable
 
 
 # ---------------------------------------------------------------------------- captions
@@ -96,7 +98,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def places(content):
+def positions(content):
     """Every (container, key) of a JSON document."""
     found, stack = [], [content]
     while stack:
@@ -109,11 +111,11 @@ def places(content):
     return found
 
 
-def disturb(content, rng):
-    """Put odd values into a few places of the document, and take some entries out."""
+def corrupt(content, rng):
+    """Replace a few values of the document by odd ones, and delete some entries."""
     content = copy.deepcopy(content)
     for _ in range(rng.integers(1, 4)):
-        every = places(content)
+        every = positions(content)
         container, key = every[rng.integers(len(every))]
         if rng.random() < 0.2:
             del container[key]
@@ -123,22 +125,22 @@ def disturb(content, rng):
 
 
 def use(dataset, file):
-    """What a run does with captions before it opens the first image, and its first batch."""
-    data = CaptionData(dataset / "images", file)
-    vocab = Vocabulary.build([c for captions in data.captions for c in captions], threshold=1)
+    """What a run does with captions before it opens the first image."""
+    data = CocoCaptions(dataset / "images", file)
+    vocab = Vocabulary.build(data.all_captions, threshold=1)
     vocab.save(dataset / "vocabulary.json")
     assert Vocabulary.load(dataset / "vocabulary.json").words == vocab.words
-    loader = get_loader(data, vocab, features=np.zeros((len(data), 3), np.float16))
-    assert sum(len(lengths) for _, _, lengths in loader) == sum(map(len, data.captions))
+    loader = train_loader(data, vocab, features=np.zeros((len(data), 1, 3), np.float16))
+    assert sum(len(lengths) for _, _, lengths in loader) == len(data.all_captions)
 
 
 def test_damaged_captions(dataset):
-    """A damaged captions file is used in full, or refused in a short line that names it."""
+    """A damaged captions file is used completely, or is a short error that names it."""
     whole = (dataset / "captions.json").read_bytes()
     content, file, refused = json.loads(whole), dataset / "damaged.json", 0
     for number in range(CAPTIONS):
         rng = np.random.default_rng(number)
-        damaged = disturb(content, rng) if number % 2 else damage(whole, rng, [whole[::-1]])
+        damaged = corrupt(content, rng) if number % 2 else damage(whole, rng, [whole[::-1]])
         file.write_bytes(damaged)
         try:
             use(dataset, file)
@@ -155,10 +157,10 @@ def test_damaged_captions(dataset):
     ids=["lists", "objects", "digits", "a huge number", "dashes"],
 )
 def test_json_that_breaks_parsers(dataset, text):
-    """Depth and numbers that break parsers are one short line as well."""
+    """Deep nesting and huge numbers, which break parsers, are a short error too."""
     (dataset / "captions.json").write_text(text)
     with pytest.raises(DataError) as caught:
-        CaptionData(dataset / "images", dataset / "captions.json")
+        CocoCaptions(dataset / "images", dataset / "captions.json")
     assert len(str(caught.value)) < 500
 
 
@@ -166,9 +168,9 @@ def test_json_that_breaks_parsers(dataset, text):
 
 
 def test_damaged_checkpoints(tmp_path):
-    """A damaged checkpoint is refused in a line that names it, or its weights are what they were.
+    """A damaged checkpoint is an error that names it, or its content is unchanged.
 
-    Not every byte of the file matters; of those that do, the checksums miss none.
+    Not every byte of the file has a meaning; checksums cover those that do.
     """
     weights = {"weight": torch.arange(400.0), "words": ["<pad>", "<start>"]}
     torch.save(weights, tmp_path / "whole.pt")
@@ -186,7 +188,7 @@ def test_damaged_checkpoints(tmp_path):
 
 
 def test_damaged_vocabularies(tmp_path):
-    """A damaged vocabulary is refused in a line that names it, or is still a vocabulary."""
+    """A damaged vocabulary is an error of one line that names it, or still a vocabulary."""
     path = tmp_path / "vocabulary.json"
     Vocabulary.build(["a dog and a cat", "the old red bus"], threshold=1).save(path)
     whole, refused = path.read_bytes(), 0

@@ -1,4 +1,4 @@
-"""The five notebooks, executed on a small drawn sample as `make run` executes them."""
+"""The five notebooks, executed on a small synthetic dataset as by `make run`."""
 
 import json
 import os
@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from run_notebooks import NOTEBOOKS, main, override, parameter
-from sample_data import write_sample
+
+from synthetic import write_synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(tmp_path, options):
-    write_sample(tmp_path / "data", {"train": 60, "val": 20, "test": 20})
+    write_synthetic(tmp_path / "data", {"train": 60, "val": 20, "test": 20})
     options = {"epochs": 1, "embed_size": 32, "hidden_size": 32} | options
     command = [
-        sys.executable, "run_notebooks.py", "--out", tmp_path / "notebooks",
+        sys.executable, "scripts/run_notebooks.py", "--out", tmp_path / "notebooks",
         "-p", f"DATA_DIR={str(tmp_path / 'data')!r}", "-p", f"RUN_DIR={str(tmp_path / 'run')!r}",
         "-p", f"OPTIONS={options!r}",
     ]  # fmt: skip
@@ -28,7 +28,7 @@ def run(tmp_path, options):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """What a run of all notebooks printed, and the folder it wrote into."""
+    """The output of a run of all notebooks, and its folder."""
     before = {name: (ROOT / f"{name}.ipynb").read_bytes() for name in NOTEBOOKS}
     folder = tmp_path_factory.mktemp("notebooks")
     result = run(folder, {})
@@ -38,7 +38,7 @@ def executed(tmp_path_factory):
 
 
 def test_every_cell_ran_without_error_or_warning(executed):
-    """All code cells of all notebooks ran once, in order, with nothing on standard error."""
+    """All code cells ran once, in order, with nothing on standard error."""
     for name in NOTEBOOKS:
         notebook = json.loads((executed[1] / "notebooks" / f"{name}.ipynb").read_text())
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
@@ -47,16 +47,16 @@ def test_every_cell_ran_without_error_or_warning(executed):
         assert not [o for o in outputs if o.get("name") == "stderr"], name
 
 
-def test_the_table_at_the_end(executed):
-    """The run ends with what came of it: dataset, scores, files, and five pairs of captions."""
-    for text in ("drawn sample", "vocabulary size", "validation perplexity", "test BLEU-4",
+def test_the_report(executed):
+    """The run ends with the dataset, scores, files, and five pairs of captions."""
+    for text in ("synthetic", "vocabulary size", "validation perplexity", "test BLEU-4",
                  "test CIDEr-D", "scenes exactly right", "best.pt", "notebooks"):  # fmt: skip
         assert text in executed[0], text
     assert executed[0].count("\n  actual") == executed[0].count("\n  predicted") == 5
 
 
 def test_a_failing_cell_is_named(tmp_path):
-    """An error stops the run, and says in which notebook and cell it was."""
+    """An error ends the run and names the notebook and the cell."""
     result = run(tmp_path, {"backbone": "resnet51"})
     assert result.returncode == 1
     assert "1_Preliminaries.ipynb, cell" in result.stderr and "'resnet51'" in result.stderr
@@ -66,26 +66,24 @@ def test_a_failing_cell_is_named(tmp_path):
     "text", ["DATASET=coco2017", "DATASET=coco 2017", "DATA_DIR=data/coco", "EPOCHS=1 2", "FIRST"]
 )
 def test_a_parameter_without_quotes_is_explained(text, monkeypatch, capsys):
-    """What is no Python literal ends in one sentence that shows the quotes, not in a traceback."""
+    """A value that is not a Python literal is an error with an example of the quotes."""
     monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "-p", text])
     with pytest.raises(SystemExit) as stopped:
         main()
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and text in said and "'DATASET=\"coco2017\"'" in said
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and text in message and "'DATASET=\"coco2017\"'" in message
 
 
-def test_parameters_are_read_as_python():
-    """Text, numbers, dictionaries and None are what they are in Python, with or without spaces."""
-    for text, value in [
-        ('A="b=c"', "b=c"),
-        ("A = 1", 1),
-        ("A={'b': 2}", {"b": 2}),
-        ("A=None", None),
-    ]:
-        assert parameter(text) == ("A", value)
+@pytest.mark.parametrize(
+    "text, value",
+    [('A="b=c"', "b=c"), ("A = 1", 1), ("A={'b': 2}", {"b": 2}), ("A=None", None)],
+)
+def test_parameters_are_python_literals(text, value):
+    """Strings, numbers, dictionaries and None, with or without spaces around the `=`."""
+    assert parameter(text) == ("A", value)
 
 
-def test_parameters_are_replaced_and_comments_of_others_stay():
-    """Overriding one parameter leaves the lines of the others as they are."""
+def test_override_changes_one_parameter():
+    """Overriding one parameter does not change the lines of the others."""
     source = "A = 1  # one\nB = {\n    2: 3,\n}  # two\nC = 4  # three"
     assert override(source, {"B": "x"}) == "A = 1  # one\nB = 'x'\nC = 4  # three"

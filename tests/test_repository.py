@@ -1,48 +1,60 @@
-"""What holds for the repository as a whole, read from its files."""
+"""The repository as a whole, read from its files: imports, requirements, README, notebooks."""
 
 import ast
+import importlib
 import json
+import random
 import re
+import runpy
 import sys
 from dataclasses import fields
-from graphlib import TopologicalSorter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from options import Options
+from config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+PROGRAMS = sorted([*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")])
+TESTS = sorted(ROOT.glob("tests/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 
-# Who may import whom. What is not listed imports no module of this project.
+# Who may import whom. A module imports only those above it in this list.
 MAY_IMPORT = {
-    "data_loader": {"vocabulary"},
-    "engine": {"data_loader", "distributed", "metrics", "vocabulary"},
-    "features": {"checkpoint", "data_loader", "distributed", "model"},
-    "splits": {"data_loader", "download", "sample_data"},
-    "pretrain_sample": {"checkpoint", "sample_data"},
-    "train": {
-        "checkpoint", "data_loader", "distributed", "engine", "features", "metrics", "model",
-        "options", "vocabulary",
+    "distributed": {}, "files": {}, "images": {}, "layers": {}, "metrics": {}, "plots": {},
+    "synthetic": {},
+    "checkpoint": {"distributed", "files"},
+    "coco": {"files"},
+    "download": {"files"},
+    "vocabulary": {"files"},
+    "backbones": {"checkpoint"},
+    "decoding": {"vocabulary"},
+    "losses": {"vocabulary"},
+    "data_loader": {"coco", "files", "vocabulary"},
+    "splits": {"coco", "download", "synthetic"},
+    "model": {
+        "backbones", "checkpoint", "decoding", "distributed", "images", "layers", "vocabulary"
     },
+    "features": {"backbones", "data_loader", "distributed", "files", "images"},
+    "config": {"distributed", "model"},
+    "evaluate": {
+        "coco", "data_loader", "distributed", "features", "files", "losses", "metrics", "model",
+        "vocabulary",
+    },
+    "run": {
+        "checkpoint", "coco", "config", "data_loader", "distributed", "features", "images",
+        "losses", "model", "vocabulary",
+    },
+    "train": {"checkpoint", "config", "distributed", "evaluate", "metrics", "model", "run"},
 }  # fmt: skip
+NEEDS = {"download": {"tqdm"}, "decoding": {"torch"}, "model": {"torch", "PIL"}, "metrics": {
+    "pycocoevalcap"}}  # fmt: skip
 
 # Where the name to install differs from the name to import.
-INSTALLED_AS = {"PIL": "pillow", "nbformat": "jupyter", "nbclient": "jupyter", "yaml": "pyyaml"}
-
-
-def imports(source):
-    """The top-level names of all modules that a source imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "the modules lie side by side: no relative imports"
-            names.add(node.module.split(".")[0])
-    return names
+INSTALLED_AS = {"PIL": "pillow", "nbformat": "jupyter", "nbclient": "jupyter"}
 
 
 def code_cells(notebook):
@@ -50,101 +62,120 @@ def code_cells(notebook):
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def code_of(notebook):
-    """The code of a notebook, without IPython's own commands."""
-    lines = "\n".join("".join(cell["source"]) for cell in code_cells(notebook)).split("\n")
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+def syntax_tree(path):
+    """The syntax tree of a Python file or of a notebook without IPython's own commands."""
+    if path.suffix == ".py":
+        return ast.parse(path.read_text(encoding="utf-8"))
+    lines = "\n".join("".join(cell["source"]) for cell in code_cells(path)).split("\n")
+    return ast.parse("\n".join(x for x in lines if not x.lstrip().startswith(("%", "!"))))
 
 
-def sources():
-    for path in [*MODULES.values(), *(ROOT / "tests").glob("*.py")]:
-        yield path.read_text(encoding="utf-8")
-    for notebook in NOTEBOOKS:
-        yield code_of(notebook)
+def imports(path):
+    """{module: names imported from it} for all imports of a file, wherever in it they are."""
+    found = {}
+    for node in ast.walk(syntax_tree(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name.split(".")[0], set())
+        if isinstance(node, ast.ImportFrom):
+            names = found.setdefault(node.module.split(".")[0], set())
+            if node.module in MODULES:
+                names.update(alias.name for alias in node.names)
+    return found
+
+
+# ---------------------------------------------------------------------------- modules
+
+
+def test_import_graph():
+    """Every module imports only modules that it may import, and there is no circle."""
+    assert set(MAY_IMPORT) == set(MODULES)
+    for index, (module, allowed) in enumerate(MAY_IMPORT.items()):
+        assert set(allowed) <= set(list(MAY_IMPORT)[:index]), f"{module} is too high in the list"
+        assert imports(MODULES[module]).keys() & MODULES.keys() <= set(allowed), module
+
+
+@pytest.mark.parametrize("module", NEEDS)
+def test_packages_of_a_module(module):
+    """Some modules can be used elsewhere, because they need hardly any packages."""
+    needed = imports(MODULES[module]).keys() - sys.stdlib_module_names - MODULES.keys()
+    assert needed == NEEDS[module]
+
+
+@pytest.mark.parametrize("path", [*PROGRAMS, *TESTS, *NOTEBOOKS], ids=lambda path: path.name)
+def test_imported_names_exist(path):
+    """Notebooks, scripts, benchmarks and tests import names that the modules have."""
+    for module, names in imports(path).items():
+        if module in MODULES:
+            missing = [n for n in names if not hasattr(importlib.import_module(module), n)]
+            assert missing == [], module
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_import_graph(module):
-    """A module imports only those below it."""
-    imported = imports(MODULES[module].read_text(encoding="utf-8")) & MODULES.keys()
-    assert imported <= MAY_IMPORT.get(module, set())
-
-
-def test_import_graph_has_no_cycle():
-    """The graph above is one of levels: every module can be read after those it imports."""
-    assert set(TopologicalSorter(MAY_IMPORT).static_order()) <= MODULES.keys()
-
-
-def test_model_needs_torch_alone():
-    """model.py can be taken away and used with torch and torchvision, and the Pillow they need."""
-    foreign = imports(MODULES["model"].read_text(encoding="utf-8")) - sys.stdlib_module_names
-    assert foreign == {"torch", "torchvision", "PIL"}
-
-
-def test_download_needs_python_alone():
-    """download.py needs nothing but Python, and tqdm for its progress bar."""
-    foreign = imports(MODULES["download"].read_text(encoding="utf-8")) - sys.stdlib_module_names
-    assert foreign == {"tqdm"}
+def test_length(module):
+    """A module has at most 330 lines."""
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 330
 
 
 def test_requirements():
-    """requirements.txt names every package that the project imports, and no module twice."""
+    """requirements.txt lists every package that the project imports, each once."""
     text = (ROOT / "requirements.txt").read_text()
     required = [m.lower() for m in re.findall(r"^[A-Za-z0-9_-]+", text, re.MULTILINE)]
     assert len(set(required)) == len(required)
-    own = MODULES.keys() | {path.stem for path in (ROOT / "tests").glob("*.py")}
-    used = set().union(*map(imports, sources())) - own - sys.stdlib_module_names
+    files = [*MODULES.values(), *PROGRAMS, *TESTS]
+    used = {module for path in [*files, *NOTEBOOKS] for module in imports(path)}
+    used -= {path.stem for path in files} | sys.stdlib_module_names
     assert {INSTALLED_AS.get(name, name) for name in used} <= set(required)
 
 
-def test_no_star_imports():
-    """Every name in a source can be traced to where it comes from."""
-    for source in sources():
-        assert not re.search(r"^\s*from \S+ import \*", source, re.MULTILINE)
+def global_state():
+    """What an import could change: random numbers, defaults of PyTorch."""
+    return (
+        torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(),
+        torch.get_default_device(), torch.get_default_dtype(), torch.is_grad_enabled(),
+        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_says_what_it_is(module):
-    """A module begins with a docstring."""
-    assert ast.get_docstring(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+def test_import_has_no_side_effect(module, tmp_path, monkeypatch, capfd):
+    """Importing a module prints nothing, writes no file, and changes no global state."""
+    monkeypatch.chdir(tmp_path)
+    before = global_state()
+    runpy.run_path(str(MODULES[module]), run_name=f"imported_{module}")
+    assert global_state() == before
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("test", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda p: p.stem)
-def test_tests_say_what_holds(test):
-    """Every test's docstring is a sentence."""
-    for node in ast.walk(ast.parse(test.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            sentence = ast.get_docstring(node) or ""
-            assert sentence.split("\n\n")[0].endswith("."), node.name
-
-
-# ---------------------------------------------------------------------------- README
+# ---------------------------------------------------------------------------- README and docs
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readme_names_every_module():
-    """The README's table of files has every module and notebook, and nothing that is not there."""
-    table = README.split("## The files")[1].split("\n## ")[0]
-    named = set(re.findall(r"`([\w/]+\.\w+)`", table))
-    assert {name for name in named if not (ROOT / name).exists()} == set()
-    assert {f"{name}.py" for name in MODULES} <= named
-
-
-def test_readme_options():
+def test_options_in_the_readme():
     """Every option in the README's train.py commands, and in its prose, exists."""
-    known = {f"--{field.name.replace('_', '-')}" for field in fields(Options)} | {"--help"}
+    train_options = {"--" + field.name.replace("_", "-") for field in fields(TrainConfig)}
     commands = re.findall(r"train\.py((?:[^\n`]*\\\n)*[^\n`]*)", README)
     assert len(commands) > 5
-    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(commands))) <= known
-    prose = set(re.findall(r"`(--[a-z][a-z-]+)[^`]*`", README))
-    assert prose - known <= {"--coco", "--max-restarts"}  # of the benchmark, of torchrun
+    assert set(re.findall(r"--[a-z][a-z-]+", " ".join(commands))) <= train_options | {"--help"}
+    sources = "".join(path.read_text() for path in [*MODULES.values(), *PROGRAMS])
+    known = train_options | set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--max-restarts"}
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
 
 
-def test_readme_links():
-    """Every file that the README links to is there."""
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_links(path):
+    """Every file and every heading that a Markdown file links to exists."""
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)|src=\"(?!https?:)([^\"]+)", text)
+    links = [link or source for link, source in links]
+    assert [x for x in links if x not in anchors and not (path.parent / x).exists()] == []
 
 
 # ---------------------------------------------------------------------------- notebooks
@@ -154,26 +185,19 @@ each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: 
 
 @each_notebook
 def test_notebook_ran_from_top_to_bottom(notebook):
-    """Its cells were executed once, in order: they count 1, 2, 3 and so on."""
+    """The cells of a notebook were executed once, in order: their counts are 1..N."""
     counts = [cell["execution_count"] for cell in code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))
 
 
 @each_notebook
 def test_notebook_outputs_are_clean(notebook):
-    """No output is an error or a warning, or shows a path of the machine it ran on."""
+    """No output is an error, a warning or a widget, or contains an absolute path."""
     for cell in code_cells(notebook):
         for output in cell["outputs"]:
-            assert output["output_type"] != "error"
-            assert output.get("name") != "stderr"
-            shown = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
-            text = json.dumps([output.get("text", ""), shown])
+            assert output["output_type"] != "error" and output.get("name") != "stderr"
+            data = {k: v for k, v in output.get("data", {}).items() if not k.startswith("image/")}
+            text = json.dumps([output.get("text", ""), data])
             assert not re.search(r"(?<![\w.:/])/(home|root|tmp|Users|mnt|opt|usr)/", text)
             assert str(ROOT) not in text
-            assert "application/vnd.jupyter.widget-view+json" not in shown
-
-
-@each_notebook
-def test_notebook_code_is_whole(notebook):
-    """Its code parses as Python once IPython's commands are left out."""
-    ast.parse(code_of(notebook))
+            assert "application/vnd.jupyter.widget-view+json" not in data

@@ -1,4 +1,4 @@
-"""The drawn scenes: true captions, COCO's layout, the same bytes everywhere; and their encoder."""
+"""The synthetic scenes: correct captions, COCO's layout, reproducible files; and their encoder."""
 
 import hashlib
 import re
@@ -16,12 +16,12 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.models import mobilenet_v3_small
 
-import sample_data
-from sample_data import describe, draw, random_scene, scene_of, write_sample
+import synthetic
+from synthetic import make_captions, parse_scene, random_scene, render, write_synthetic
 
 SIZES = {"train": 8, "val": 4, "test": 4}
-# Of every file of SIZES, from Python 3.10 to 3.13.
-DIGEST = "f4af1f179335c1bb6ac1fc9d2d2ff8b65e5303239412a62807a28474e9dd5dff"
+# SHA-256 over the names and contents of all files of SIZES.
+DIGEST = "c568415bf542ac76d95b395f5b395cbf9726610db6da481dca6b2fcd4f94e2e4"
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +33,13 @@ def scenes():
 @pytest.fixture(scope="module")
 def captions(scenes):
     rng = Random("test captions")
-    return [describe(scene, rng) for scene in scenes]
+    return [make_captions(scene, rng) for scene in scenes]
 
 
 @pytest.fixture(scope="module")
-def sample(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "sample"
-    return root, write_sample(root, SIZES)
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "synthetic"
+    return root, write_synthetic(root, SIZES)
 
 
 def digest(root: Path) -> str:
@@ -50,17 +50,17 @@ def digest(root: Path) -> str:
 
 
 def pixels_of(scene, thing):
-    """Where the picture changes if this thing alone is drawn: a mask (128, 128)."""
-    empty = np.asarray(draw(replace(scene, things=())), dtype=int)
-    return (np.asarray(draw(replace(scene, things=(thing,))), dtype=int) != empty).any(2)
+    """The pixels that change if this thing is added to the background: a mask (128, 128)."""
+    empty = np.asarray(render(replace(scene, things=())), dtype=int)
+    return (np.asarray(render(replace(scene, things=(thing,))), dtype=int) != empty).any(2)
 
 
 def test_captions_are_read_back_exactly(scenes, captions):
-    """`scene_of` inverts every caption: it finds the background and each pair, and nothing else."""
+    """`parse_scene` finds the background and all pairs of every caption, and nothing else."""
     for scene, five in zip(scenes, captions, strict=True):
         truth = scene.background, Counter((thing.colour, thing.name) for thing in scene.things)
         assert len(set(five)) == 5
-        assert all(scene_of(caption) == truth for caption in five), five
+        assert all(parse_scene(caption) == truth for caption in five), five
 
 
 @pytest.mark.parametrize(
@@ -75,29 +75,29 @@ def test_captions_are_read_back_exactly(scenes, captions):
         ("", None, set()),
     ],
 )
-def test_imperfect_captions_are_read_for_what_they_say(caption, background, pairs):
-    """Whatever a model writes has a reading: unknown words say nothing, contradictions neither."""
-    assert scene_of(caption) == (background, Counter(pairs))
+def test_any_caption_can_be_parsed(caption, background, pairs):
+    """Case, punctuation and unknown words are ignored, and so are contradicting backgrounds."""
+    assert parse_scene(caption) == (background, Counter(pairs))
 
 
-def test_a_scene_can_have_as_many_things_as_asked_for():
-    """Four things, which the dataset never has, are as distinct and apart as one to three are."""
+def test_a_scene_with_a_given_number_of_things():
+    """Four things, more than in the dataset, are distinct and do not overlap either."""
     for number in range(20):
         things = random_scene(Random(number), 4).things
         assert len({(thing.colour, thing.name) for thing in things}) == 4
-        assert all(sample_data.relations(a, b) for a, b in combinations(things, 2))
+        assert all(synthetic.relations(a, b) for a, b in combinations(things, 2))
 
 
 def test_an_object_named_twice_counts_twice():
-    """A caption that repeats an object does not say the same as one that names it once."""
-    once = scene_of("a red cat and a blue cat on the beach")
-    twice = scene_of("a red cat, a blue cat and a red kitten on the beach")
+    """A caption that repeats an object differs from one that names it once."""
+    once = parse_scene("a red cat and a blue cat on the beach")
+    twice = parse_scene("a red cat, a blue cat and a red kitten on the beach")
     assert twice == ("beach", {("red", "cat"): 2, ("blue", "cat"): 1})
     assert twice != once and twice[1].keys() == once[1].keys()
 
 
 def test_stated_relations_hold_in_the_pixels(scenes, captions):
-    """If a caption says left, right, above or below, then the drawn pixels lie that way."""
+    """Left, right, above and below in a caption are true of the pixels of the objects."""
     verb = r"(?: sits| stands| waits| grows| floats| flies| flutters| zooms)? "
     pattern = re.compile(f"(.+?){verb}(to the left of|to the right of|above|over|below|under) (.+)")
     checked = Counter()
@@ -110,8 +110,8 @@ def test_stated_relations_hold_in_the_pixels(scenes, captions):
             spans[thing.colour, thing.name] = rows.min(), rows.max(), cols.min(), cols.max()
         for match in filter(None, map(pattern.match, five)):
             first, relation, rest = match.groups()
-            (one,) = scene_of(first)[1]
-            for other in scene_of(rest)[1]:
+            (one,) = parse_scene(first)[1]
+            for other in parse_scene(rest)[1]:
                 (top, bottom, left, right), (y0, y1, x0, x1) = spans[one], spans[other]
                 holds = {"left": right < x0, "right": left > x1, "above": bottom < y0}
                 holds |= {"over": bottom < y0, "below": top > y1, "under": top > y1}
@@ -122,7 +122,7 @@ def test_stated_relations_hold_in_the_pixels(scenes, captions):
 
 
 def test_things_are_visible_and_do_not_overlap(scenes):
-    """Each thing changes enough pixels to be seen, and no pixel belongs to two of them."""
+    """Each thing changes more than 150 pixels, and no pixel belongs to two things."""
     for scene in scenes[:80]:
         masks = [pixels_of(scene, thing) for thing in scene.things]
         assert all(mask.sum() > 150 for mask in masks)
@@ -130,128 +130,128 @@ def test_things_are_visible_and_do_not_overlap(scenes):
 
 
 def test_captions_are_proper_sentences(captions):
-    """Right articles, a capital and a full stop, and six to eighteen words."""
+    """Correct articles, a capital and a full stop, and six to eighteen words."""
     for caption in sum(captions, []):
         assert not re.search(r"\b(a [aeiou]|an [^aeiou])", caption.lower()), caption
         assert caption[0].isupper() and caption.endswith(".") and 6 <= len(caption.split()) <= 18
 
 
 def test_size_words_are_true(scenes, captions):
-    """Only the smallest boxes are called small, only the largest large."""
+    """Only things in the smallest boxes are called small, only those in the largest large."""
     pattern = "(small|little|tiny|large|big|huge) ([a-z]+ [a-z]+)"
     words = {28: {"small", "little", "tiny"}, 52: {"large", "big", "huge"}}
     for scene, five in zip(scenes, captions, strict=True):
         sides = {(thing.colour, thing.name): thing.side for thing in scene.things}
         for size, pair in re.findall(pattern, " ".join(five)):
-            (named,) = scene_of(pair)[1]
+            (named,) = parse_scene(pair)[1]
             assert size in words[sides[named]]
 
 
 def test_words_are_few_and_frequent(captions):
-    """8,000 captions use a small vocabulary, and no word of it is rare."""
+    """8,000 captions use 60 to 110 words, each at least 50 times."""
     counts = Counter(re.findall("[a-z]+", " ".join(sum(captions, [])).lower()))
     assert 60 <= len(counts) <= 110 and min(counts.values()) >= 50
 
 
-def test_cocos_own_reader_loads_it(sample):
-    """pycocotools finds five captions to each image, and the image where the layout says."""
-    for split, (image_dir, captions_file) in sample[1].items():
+def test_cocos_own_reader_loads_it(dataset):
+    """pycocotools finds every image of a split with five captions."""
+    for split, (image_dir, captions_file) in dataset[1].items():
         coco = COCO(captions_file)
         assert len(coco.getImgIds()) == SIZES[split] == len(list(image_dir.iterdir()))
         for image in coco.loadImgs(coco.getImgIds()):
             assert len(coco.getAnnIds(imgIds=image["id"])) == 5
             picture = Image.open(image_dir / image["file_name"])
             assert picture.mode == "RGB" and picture.size == (image["width"], image["height"])
-    assert "Drawn scenes" in coco.dataset["info"]["description"]
+    assert "Synthetic scenes" in coco.dataset["info"]["description"]
 
 
-def test_splits_share_no_picture(tmp_path):
-    """No picture of one split is in another, and none is in one twice."""
-    write_sample(tmp_path / "sample", {"train": 120, "val": 40, "test": 40})
+def test_splits_share_no_image(tmp_path):
+    """All images of all splits are different."""
+    write_synthetic(tmp_path / "synthetic", {"train": 120, "val": 40, "test": 40})
     assert len({path.read_bytes() for path in tmp_path.rglob("*.jpg")}) == 200
 
 
-def test_bytes_are_the_same_everywhere(sample, tmp_path):
-    """Two writes agree, and agree with the digest recorded on other versions and machines."""
-    write_sample(tmp_path / "again", SIZES)
-    assert digest(tmp_path / "again") == digest(sample[0]) == DIGEST
+def test_bytes_are_the_same_everywhere(dataset, tmp_path):
+    """Writing twice gives the same files, with the digest recorded on other machines."""
+    write_synthetic(tmp_path / "again", SIZES)
+    assert digest(tmp_path / "again") == digest(dataset[0]) == DIGEST
 
 
-def test_seeds_draw_different_scenes(sample, tmp_path):
-    """Another seed gives other pictures."""
-    write_sample(tmp_path / "other", SIZES, seed=1)
-    pictures = {path.read_bytes() for path in sample[0].rglob("*.jpg")}
+def test_seeds_give_different_scenes(dataset, tmp_path):
+    """Another seed gives other images."""
+    write_synthetic(tmp_path / "other", SIZES, seed=1)
+    pictures = {path.read_bytes() for path in dataset[0].rglob("*.jpg")}
     assert not pictures & {path.read_bytes() for path in tmp_path.rglob("*.jpg")}
 
 
-def test_what_is_there_is_not_drawn_again(sample, monkeypatch):
-    """A second call returns the same paths without drawing."""
-    monkeypatch.setattr(sample_data, "draw", None)
-    assert write_sample(sample[0], SIZES) == sample[1]
+def test_an_existing_dataset_is_reused(dataset, monkeypatch):
+    """A second call returns the same paths without rendering."""
+    monkeypatch.setattr(synthetic, "render", None)
+    assert write_synthetic(dataset[0], SIZES) == dataset[1]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    """If drawing stops halfway, neither the sample nor a temporary folder stays behind."""
-    drawn = []
+    """An interrupt leaves neither an incomplete dataset nor a temporary folder."""
+    rendered = []
 
     def stop_at_the_tenth(scene):
-        drawn.append(scene)
-        if len(drawn) == 10:
+        rendered.append(scene)
+        if len(rendered) == 10:
             raise KeyboardInterrupt
-        return draw(scene)
+        return render(scene)
 
-    monkeypatch.setattr(sample_data, "draw", stop_at_the_tenth)
+    monkeypatch.setattr(synthetic, "render", stop_at_the_tenth)
     with pytest.raises(KeyboardInterrupt):
-        write_sample(tmp_path / "sample", SIZES)
+        write_synthetic(tmp_path / "synthetic", SIZES)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_files_are_left_alone(tmp_path):
-    """A folder that holds something else is refused and keeps its files."""
+    """A folder with other files is an error, and keeps them."""
     (tmp_path / "photo.jpg").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="something else"):
-        write_sample(tmp_path, SIZES)
+    with pytest.raises(FileExistsError, match="other files"):
+        write_synthetic(tmp_path, SIZES)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
-def cut_short(root):
+def truncate_captions(root):
     path = root / "annotations" / "captions_val.json"
     path.write_bytes(path.read_bytes()[:500])
 
 
-def lose_a_picture(root):
+def remove_an_image(root):
     next((root / "train").iterdir()).unlink()
 
 
-def lose_a_captions_file(root):
+def remove_captions(root):
     (root / "annotations" / "captions_train.json").unlink()
 
 
-def of_an_older_version(root):
+def lower_the_version(root):
     path = root / "annotations" / "captions_test.json"
-    path.write_text(path.read_text().replace('"version": "1"', '"version": "0"'))
+    path.write_text(path.read_text().replace('"version": "2"', '"version": "1"'))
 
 
 @pytest.mark.parametrize(
-    "damage", [cut_short, lose_a_picture, lose_a_captions_file, of_an_older_version]
+    "damage", [truncate_captions, remove_an_image, remove_captions, lower_the_version]
 )
-def test_a_damaged_sample_says_what_to_do(sample, tmp_path, damage):
-    """A drawn dataset that is not whole is named as such, left as it is, and can be deleted."""
-    root = tmp_path / "sample"
-    shutil.copytree(sample[0], root)
+def test_a_damaged_dataset_is_an_error(dataset, tmp_path, damage):
+    """It is kept, the message names the remedy, and after that the dataset can be written."""
+    root = tmp_path / "synthetic"
+    shutil.copytree(dataset[0], root)
     damage(root)
-    left = digest(root)
-    with pytest.raises(FileExistsError, match="sample holds .* not whole .* delete the folder"):
-        write_sample(root, SIZES)
-    assert digest(root) == left and list(tmp_path.iterdir()) == [root]
+    before = digest(root)
+    with pytest.raises(FileExistsError, match="synthetic holds .* incomplete .* delete the folder"):
+        write_synthetic(root, SIZES)
+    assert digest(root) == before != DIGEST and list(tmp_path.iterdir()) == [root]
     shutil.rmtree(root)
-    write_sample(root, SIZES)
+    write_synthetic(root, SIZES)
     assert digest(root) == DIGEST
 
 
 def test_the_stored_encoder_is_a_standard_one():
-    """`sample_encoder.pt` is small, finite, and fits torchvision's network key by key."""
-    path = Path(sample_data.__file__).with_name("sample_encoder.pt")
+    """`synthetic_encoder.pt` is small, finite, and has the keys of torchvision's network."""
+    path = Path(synthetic.__file__).with_name("synthetic_encoder.pt")
     weights = torch.load(path, weights_only=True)
     network = mobilenet_v3_small()
     missing, unexpected = network.load_state_dict(weights, strict=False)

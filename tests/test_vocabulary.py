@@ -1,7 +1,6 @@
-"""Words and their numbers: tokenize and Vocabulary."""
+"""Tokenization, the vocabulary, and the cache of tokenized captions."""
 
 import json
-import os
 import unicodedata
 
 import numpy as np
@@ -9,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import model
-import vocabulary
-from vocabulary import SPECIALS, Vocabulary, pack, tokenize
+import data_loader
+from data_loader import tokenize_all
+from vocabulary import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
 
@@ -49,7 +48,7 @@ CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
     ],
 )
 def test_punctuation(caption, words):
-    """Words are lower-case; hyphens and apostrophes hold inside them; all else separates."""
+    """Words are lower case and contain inner hyphens and apostrophes; all else separates them."""
     assert " ".join(tokenize(caption)) == words
 
 
@@ -61,49 +60,50 @@ def test_no_words(caption):
 
 @given(st.text())
 def test_any_text(caption):
-    """Whatever the text, its words are lower-case, without spaces, and none is a special."""
+    """The words of any text are lower case, without spaces, and none is a special token."""
     for word in tokenize(caption):
         assert word == word.lower() != ""
         assert not any(letter.isspace() for letter in word)
-        assert word not in SPECIALS
+        assert word not in SPECIAL_TOKENS
 
 
 @given(st.text())
 def test_composed_and_decomposed_accents(caption):
-    """A text gives the same words whether its accents are typed as one character or as two."""
+    """The words do not depend on whether accents are composed or combining characters."""
     composed, decomposed = (unicodedata.normalize(form, caption) for form in ("NFC", "NFD"))
     assert tokenize(composed) == tokenize(decomposed)
 
 
 @pytest.mark.parametrize("word", ["हिन्दी", "i̇stanbul", "naïve", "собака"])
 def test_words_of_all_scripts(word):
-    """Marks that belong to a letter do not take a word apart."""
+    """Combining marks do not split a word, in any script."""
     assert tokenize(f"{word}, {word}.") == [word, word]
 
 
 @given(st.text())
 def test_tokenize_twice(caption):
-    """The words of a caption, joined and split once more, stay as they are."""
+    """Tokenizing the joined words again gives the same words."""
     words = tokenize(caption)
     assert tokenize(" ".join(words)) == words
 
 
-def test_specials_come_first():
+def test_special_tokens_come_first():
     """`<pad>`, `<start>`, `<end>`, `<unk>` have the indices 0, 1, 2, 3."""
+    assert (PAD, START, END, UNK) == (0, 1, 2, 3)
     vocab = Vocabulary.build(CAPTIONS, threshold=1)
     assert vocab.words[:4] == ["<pad>", "<start>", "<end>", "<unk>"]
     assert [vocab(word) for word in vocab.words] == list(range(len(vocab)))
 
 
 def test_build_orders_by_count_then_alphabet():
-    """Frequent words come first, and words of the same count alphabetically."""
+    """Words are sorted by descending count, then alphabetically."""
     vocab = Vocabulary.build(CAPTIONS, threshold=1)
     assert vocab.words[4:] == ["a", "dog", "'s", "ball", "cat", "runs", "sleeps", "the"]
 
 
 @given(st.permutations(CAPTIONS))
 def test_build_ignores_the_order_of_captions(captions):
-    """The same captions in another order give the same vocabulary."""
+    """The vocabulary does not depend on the order of the captions."""
     assert Vocabulary.build(captions, 1).words == Vocabulary.build(CAPTIONS, 1).words
 
 
@@ -114,7 +114,7 @@ def test_threshold():
 
 def test_threshold_too_high():
     """A threshold that leaves no word is an error that says so."""
-    with pytest.raises(ValueError, match="empty.*lower the threshold"):
+    with pytest.raises(ValueError, match="empty.*lower the minimum word frequency"):
         Vocabulary.build(CAPTIONS, threshold=1000)
 
 
@@ -125,14 +125,14 @@ def test_unknown_words():
 
 
 def test_encode_frames_a_caption():
-    """An encoded caption goes from `<start>` to `<end>`, one index per word between them."""
+    """An encoded caption is `<start>`, one index per word, and `<end>`."""
     vocab = Vocabulary.build(CAPTIONS, threshold=1)
     assert vocab.encode("A dog runs.") == [1, 4, 5, 9, 2]
     assert vocab.encode("") == [1, 2]
 
 
 def test_decode_stops_at_end():
-    """Nothing behind the first `<end>` is decoded, and neither `<start>` nor `<pad>` is."""
+    """Decoding stops at the first `<end>`, and leaves out `<start>` and `<pad>`."""
     vocab = Vocabulary.build(CAPTIONS, threshold=1)
     assert vocab.decode([1, 4, 5, 2, 9, 2]) == "a dog"
     assert vocab.decode([1, 4, 0, 5, 0, 0]) == "a dog"
@@ -140,15 +140,15 @@ def test_decode_stops_at_end():
 
 
 @pytest.mark.parametrize("index", [-1, 12])
-def test_decode_refuses_foreign_indices(index):
-    """An index outside the vocabulary, a negative one too, is an error and not some word."""
+def test_decode_unknown_index(index):
+    """An index outside the vocabulary, also a negative one, is an error."""
     with pytest.raises(IndexError, match=f"no word has index {index}"):
         Vocabulary.build(CAPTIONS, threshold=1).decode([4, index])
 
 
 @given(st.lists(st.sampled_from(["a", "dog", "runs", "sleeps", "cat", "the", "ball"])))
 def test_round_trip(words):
-    """A caption of known words survives encoding and decoding."""
+    """Decoding inverts encoding for captions of known words."""
     vocab = Vocabulary.build(CAPTIONS, threshold=1)
     assert vocab.decode(vocab.encode(" ".join(words))) == " ".join(words)
 
@@ -161,41 +161,22 @@ def test_save_and_load(tmp_path):
     assert (loaded.words, loaded.threshold) == (vocab.words, 1)
 
 
-def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
-    """A save that fails leaves the earlier vocabulary as it was, and nothing beside it."""
-    path = tmp_path / "v.json"
-    Vocabulary.build(CAPTIONS, threshold=1).save(path)
-    before = path.read_bytes()
-
-    def full(*args):
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="v.json.*No space left"):
-        Vocabulary.build(CAPTIONS, threshold=3).save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == ["v.json"]
-
-
 def test_load_without_a_file(tmp_path):
     """A missing vocabulary is an error that names the file."""
     with pytest.raises(FileNotFoundError, match="no vocabulary at .*v.json"):
         Vocabulary.load(tmp_path / "v.json")
 
 
-GOOD = [*SPECIALS, "a"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"words", b"[" * 100_000])
-def test_load_refuses_what_is_not_json(tmp_path, content):
-    """A damaged file is refused by name, whatever its bytes."""
-    (tmp_path / "v.json").write_bytes(content)
-    with pytest.raises(ValueError, match="v.json is not a vocabulary"):
-        Vocabulary.load(tmp_path / "v.json")
+GOOD = [*SPECIAL_TOKENS, "a"]
 
 
 @pytest.mark.parametrize(
     "content",
     [
+        b"",
+        b"\xff\xfe",
+        b"words",
+        b"[" * 100_000,
         None,
         [],
         GOOD,
@@ -208,87 +189,73 @@ def test_load_refuses_what_is_not_json(tmp_path, content):
         {"threshold": 1, "words": []},
         {"threshold": 1, "words": ["a", "dog"]},
         {"threshold": 1, "words": ["<pad>", "<start>", "<end>", "a", "<unk>"]},
-        {"threshold": 1, "words": [*GOOD, "a"]},
-        {"threshold": 1, "words": [*GOOD, "<pad>"]},
-        {"threshold": 1, "words": [*GOOD, 7]},
-        {"threshold": 1, "words": [*GOOD, ""]},
-        {"threshold": 1, "words": [*GOOD, None]},
-        {"threshold": 1, "words": [*GOOD, ["b"]]},
+        *({"threshold": 1, "words": [*GOOD, bad]} for bad in ("a", "<pad>", 7, "", None, ["b"])),
     ],
-    ids=str,
+    ids=lambda content: str(content)[:60],
 )
-def test_load_refuses_other_json(tmp_path, content):
-    """JSON that is no vocabulary is refused by name, and not half believed."""
-    (tmp_path / "v.json").write_text(json.dumps(content))
+def test_load_damaged_file(tmp_path, content):
+    """A file that is not JSON, or not a vocabulary, is an error that names it."""
+    content = content if isinstance(content, bytes) else json.dumps(content).encode()
+    (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(ValueError, match="v.json is not a vocabulary"):
         Vocabulary.load(tmp_path / "v.json")
 
 
-# ---------------------------------------------------------------------------- many at once
+# ---------------------------------------------------------------------------- tokenized captions
 
 MANY = ["A dog runs.", "", "a dog's ball", "?!", "the old red bus"]
 
 
-@pytest.fixture
-def packed_twice(tmp_path, monkeypatch):
-    """MANY packed, and packed again by a function that could not tokenise any more."""
-    first = pack(MANY, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(vocabulary, "tokenize", None)
-        return first, pack(MANY, tmp_path)
+@pytest.fixture(params=["computed", "cached"])
+def tokenized(request, tmp_path, monkeypatch):
+    """MANY tokenized, or loaded from the cache when they can no longer be tokenized."""
+    if request.param == "cached":
+        tokenize_all(MANY, tmp_path)
+        monkeypatch.setattr(data_loader, "tokenize", None)
+    return tokenize_all(MANY, tmp_path if request.param == "cached" else None)
 
 
-@pytest.mark.parametrize("where", ["computed", "from the cache"])
-def test_pack_and_encode_all(packed_twice, where):
-    """Packed captions, computed or from the cache, are encoded as one by one."""
-    packed = packed_twice[where == "from the cache"]
+def test_encode_tokenized(tokenized):
+    """Tokenized captions are encoded as each of them is by `Vocabulary.encode`."""
     vocab = Vocabulary.build(["a dog", "the dog's bus"], threshold=1)
-    ids, lengths = vocab.encode_all(packed)
+    ids, lengths = tokenized.encode(vocab)
     expected = [vocab.encode(caption) for caption in MANY]
     assert lengths.tolist() == [len(ids) for ids in expected]
     assert ids.tolist() == [index for ids in expected for index in ids]
 
 
 @pytest.mark.parametrize("threshold", [1, 2])
-def test_vocabulary_from_packed(packed_twice, threshold):
-    """The counts of packed captions give the same vocabulary as the captions themselves."""
-    for packed in packed_twice:
-        words = Vocabulary.from_counts(packed.counts(), threshold).words
-        assert words == Vocabulary.build(MANY, threshold).words
+def test_vocabulary_from_counts(tokenized, threshold):
+    """The counts of tokenized captions give the vocabulary of the captions."""
+    words = Vocabulary.from_counts(tokenized.counts(), threshold).words
+    assert words == Vocabulary.build(MANY, threshold).words
 
 
-def test_special_indices():
-    """model.py, which imports nothing of the project, has the same special indices."""
-    for name, word in zip(("PAD", "START", "END", "UNK"), SPECIALS, strict=True):
-        assert getattr(model, name) == getattr(vocabulary, name) == SPECIALS.index(word)
-
-
-def test_pack_without_words(tmp_path):
-    """Captions without a single word can be packed and found again."""
+def test_tokenized_without_words(tmp_path):
+    """Captions without a single word can be tokenized, kept and loaded."""
     for _ in range(2):
-        packed = pack(["", "?"], tmp_path)
-        assert packed.counts() == {} and packed.lengths.tolist() == [0, 0]
+        tokenized = tokenize_all(["", "?"], tmp_path)
+        assert tokenized.counts() == {} and tokenized.lengths.tolist() == [0, 0]
 
 
-def test_other_captions_are_packed_anew(tmp_path):
-    """Packed captions are never taken for others."""
-    pack(["a dog", "a cat"], tmp_path)
-    assert pack(["a dog a", "cat"], tmp_path).lengths.tolist() == [3, 1]
+def test_cache_of_other_captions(tmp_path):
+    """Cached captions are not used in place of others with the same words."""
+    tokenize_all(["a dog", "a cat"], tmp_path)
+    assert tokenize_all(["a dog a", "cat"], tmp_path).lengths.tolist() == [3, 1]
 
 
-@pytest.mark.parametrize("damage", ["a byte", "cut off", "empty", "text"])
-def test_damaged_pack(tmp_path, damage):
-    """A damaged file of packed captions is replaced by a right one."""
-    right = pack(MANY, tmp_path)
+@pytest.mark.parametrize("damage", ["a byte", "truncated", "empty", "text"])
+def test_damaged_cache(tmp_path, damage):
+    """A damaged cache file is replaced."""
+    right = tokenize_all(MANY, tmp_path)
     (path,) = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[content.index(b"NUMPY") + 150] ^= 1
-    whole = path.read_bytes()
-    damaged = {"a byte": content, "cut off": whole[:-40], "empty": b"", "text": b"words"}
+    content = path.read_bytes()
+    flipped = bytearray(content)
+    flipped[content.index(b"NUMPY") + 150] ^= 1
+    damaged = {"a byte": flipped, "truncated": content[:-40], "empty": b"", "text": b"words"}
     path.write_bytes(damaged[damage])
-    for _ in range(2):
-        again = pack(MANY, tmp_path)
-        assert again.words == right.words
-        np.testing.assert_array_equal(again.ids, right.ids)
-        np.testing.assert_array_equal(again.lengths, right.lengths)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    again = tokenize_all(MANY, tmp_path)
+    assert again.words == right.words
+    np.testing.assert_array_equal(again.ids, right.ids)
+    np.testing.assert_array_equal(again.lengths, right.lengths)
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_size == len(content)

@@ -1,0 +1,185 @@
+"""A small COCO on an unreliable server of the loopback interface, for test_download.py."""
+
+import io
+import json
+import re
+import socket
+import struct
+import threading
+import zipfile
+from contextlib import contextmanager
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+IDS = [30, 4, 17, 8, 25]  # as in COCO, neither consecutive nor ordered
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; `faults[path]` lists what to do instead at the first requests."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.faults, self.requests = {}, {}, []
+        self.stalled, self.release = threading.Event(), threading.Event()
+        self.validators = lambda body: {"ETag": f'"{sha256(body).hexdigest()}"'}
+
+    def handle_error(self, request, client_address):
+        pass  # clients that disconnect are expected
+
+    def received(self, path=None):
+        return [request for request in self.requests if path in (None, request["path"])]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server, path = self.server, self.path
+        request = {"path": path, "Range": None, "If-Range": None}
+        server.requests.append({**request, **dict(self.headers.items()), "path": path})
+        faults = server.faults.get(path, [])
+        fault = faults.pop(0) if faults else serve_correctly
+        FAULTS.get(fault, fault)(self, server.files.get(path))
+
+    def answer(self, status, body=b"", length=None, **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def answer_file(self, body, sent=None, length=None):
+        """The whole file, or other bytes with its validators and another length."""
+        sent, tags = body if sent is None else sent, self.server.validators(body)
+        self.answer(200, sent, length or len(body), **tags)
+
+    def answer_range(self, body, start, end):
+        span, tags = f"bytes {start}-{end - 1}/{len(body)}", self.server.validators(body)
+        self.answer(206, body[start:end], Content_Range=span, **tags)
+
+
+def serve_correctly(handler, body):
+    """RFC 9110: a range only if If-Range matches, 416 if it begins after the end."""
+    if body is None:
+        return handler.answer(404)
+    start = re.fullmatch(r"bytes=(\d+)-", handler.headers["Range"] or "")
+    tags = handler.server.validators(body).values()
+    if not start or handler.headers["If-Range"] not in tags:
+        return handler.answer_file(body)
+    serve_range(handler, body, int(start[1]))
+
+
+def serve_range(handler, body, start):
+    if start >= len(body):
+        return handler.answer(416, Content_Range=f"bytes */{len(body)}")
+    handler.answer_range(body, start, len(body))
+
+
+def truncate(handler, body, at=None):
+    handler.answer_file(body, body[: len(body) // 2 if at is None else at])
+
+
+def stall(handler, body):
+    truncate(handler, body)
+    handler.wfile.flush()
+    handler.server.stalled.set()
+    handler.server.release.wait(5)
+
+
+def no_length(handler, body):
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def reset(handler, body):
+    truncate(handler, body)
+    abort = struct.pack("ii", 1, 0)  # linger for 0 seconds: the connection ends with a RST
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, abort)
+    handler.connection.close()
+
+
+FAULTS = {
+    "truncate": truncate,
+    "stall": stall,
+    "reset": reset,
+    "hang up": lambda handler, body: handler.connection.shutdown(socket.SHUT_RDWR),
+    "fail": lambda handler, body: handler.answer(500),
+    "serve correctly": serve_correctly,
+    "ignore range": lambda handler, body: handler.answer_file(body),
+    "ignore if-range": lambda handler, body: serve_range(
+        handler, body, int(re.findall(r"\d+", handler.headers["Range"] or "0")[0])
+    ),
+    "wrong range": lambda handler, body: handler.answer_range(body, 7, len(body)),
+    "short range": lambda handler, body: handler.answer_range(body, len(body) // 2, len(body) - 9),
+    "announce too much": lambda handler, body: handler.answer_file(body, length=len(body) + 10),
+    "send too much": lambda handler, body: handler.answer_file(body, body + b"surplus"),
+    "no length": no_length,
+    "web page": lambda handler, body: handler.answer(200, b"<html>", Content_Type="text/html"),
+}
+
+
+def redirect(target):
+    return lambda handler, body: handler.answer(302, Location=target)
+
+
+@contextmanager
+def serving():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def make_zip(path, members, compression=zipfile.ZIP_DEFLATED):
+    """`members`: {name or ZipInfo: bytes}."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def image_name(split, year, index):
+    return f"COCO_{split}2014_{index:012}.jpg" if year == 2014 else f"{index:012}.jpg"
+
+
+def jpeg(split, year, index):
+    return b"\xff\xd8" + sha256(f"{split}{year}{index}".encode()).digest() * 9 + b"\xff\xd9"
+
+
+def serve_coco(server, year=2017):
+    """Put a COCO of five images per split on the server; returns {path below root: bytes}."""
+    tree = {}
+    for split in ("train", "val"):
+        folder, images, annotations = f"{split}{year}", [], []
+        for index in IDS:
+            name = image_name(split, year, index)
+            tree[f"{folder}/{name}"] = jpeg(split, year, index)
+            url = f"http://images.cocodataset.org/{folder}/{name}"
+            images.append({"id": index, "file_name": name, "coco_url": url, "license": 1})
+            annotations += [
+                {"id": 10 * index + copy, "image_id": index, "caption": f"A {index}."}
+                for copy in range(5)
+            ]
+        captions = {"info": {"year": year}, "images": images, "annotations": annotations}
+        tree[f"annotations/captions_{folder}.json"] = json.dumps(captions).encode()
+    for zip_name, part in (
+        (f"/zips/train{year}.zip", f"train{year}/"),
+        (f"/zips/val{year}.zip", f"val{year}/"),
+        (f"/annotations/annotations_trainval{year}.zip", "annotations/"),
+    ):
+        members = {name: body for name, body in tree.items() if name.startswith(part)}
+        server.files[zip_name] = make_zip(io.BytesIO(), members).getvalue()
+    server.files |= {f"/{name}": body for name, body in tree.items() if name.endswith(".jpg")}
+    return tree

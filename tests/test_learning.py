@@ -1,0 +1,49 @@
+"""A model learns the task: captions of held-out synthetic scenes are right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import config_for
+from distributed import resolve_precision
+from evaluate import caption_dataset
+from run import build_run
+from synthetic import parse_scene, write_synthetic
+from train import fit
+
+WEIGHTS = Path(__file__).parent.parent / "synthetic_encoder.pt"
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    return write_synthetic(
+        tmp_path_factory.mktemp("synthetic") / "data", {"train": 1600, "val": 200}
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_held_out_scenes(splits, tmp_path, precision):
+    """At least 80 % of the generated captions name exactly the background and objects of a scene.
+
+    TODO
+    """
+    try:
+        resolve_precision("cpu", precision)
+    except ValueError as unsupported:
+        pytest.skip(str(unsupported))
+    config = config_for(
+        "synthetic", splits, tmp_path / "out", precision=precision, weights=str(WEIGHTS),
+        cache_dir=str(tmp_path / "cache"), device="cpu", epochs=4, grad_accum_steps=1,
+    )  # fmt: skip
+    run = build_run(config)
+    torch.set_num_threads(2)
+    try:
+        fit(run)
+        dataset = run.val_loader.dataset
+        captions = caption_dataset(run.model, dataset.data, features=dataset.features, beam_size=3)
+    finally:
+        torch.set_num_threads(1)
+    scenes = [parse_scene(references[0]) for references in dataset.data.captions]
+    right = sum(parse_scene(c) == scene for c, scene in zip(captions, scenes, strict=True))
+    assert right >= 0.8 * len(scenes)
