@@ -81,8 +81,6 @@ async def execute_cells(client):
     Raises CellExecutionError or DeadKernelError.
     """
     # NotebookClient.execute would do this too, but ignores an interrupt between two notebooks.
-    info = await client.async_wait_for_reply(client.kc.kernel_info())
-    client.nb.metadata["language_info"] = info["content"]["language_info"]
     client.reset_execution_trackers()
     for index, cell in enumerate(client.nb.cells):
         yield f"cell {index + 1}/{len(client.nb.cells)}"
@@ -93,6 +91,8 @@ async def execute_cells(client):
             if await client.km.is_alive():  # nbclient takes any cancellation for a dead kernel
                 raise asyncio.CancelledError from None
             raise
+    info = await client.async_wait_for_reply(client.kc.kernel_info())
+    client.nb.metadata["language_info"] = info["content"]["language_info"]
 
 
 async def shut_down(client, now=False):

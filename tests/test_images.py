@@ -7,60 +7,51 @@ from PIL import Image
 
 from images import BadImageError, eval_transform, load_image, train_transform
 
-GREY = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
-
 
 def saved(image, path, **options):
     image.save(path, **options)
     return path
 
 
-def test_grey_image(tmp_path):
-    """A grey image becomes an RGB image of three equal channels."""
-    image = load_image(saved(Image.fromarray(GREY), tmp_path / "grey.png"))
-    np.testing.assert_array_equal(image, np.stack([GREY] * 3, axis=-1))
+def array(values, dtype, mode=None):
+    return Image.fromarray(np.array(values, dtype=dtype), mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
-def test_transparent_pixels_become_white(tmp_path, mode):
-    """Transparent pixels become white, and opaque ones keep their color."""
-    pixels = np.zeros((2, 2, len(mode)), dtype=np.uint8)  # black,
-    pixels[0, :, -1] = 255  # with an opaque upper row and a transparent lower one
-    path = saved(Image.fromarray(pixels, mode=mode), tmp_path / "image.png")
-    image = np.asarray(load_image(path))
-    np.testing.assert_array_equal(image[0], 0)
-    np.testing.assert_array_equal(image[1], 255)
-
-
-def test_palette_with_transparency(tmp_path):
-    """In an image with a palette, the transparent color becomes white, the others stay."""
-    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), mode="P")
+def with_palette(image):
+    """Index 0 is red, index 1 is blue and transparent."""
     image.putpalette([255, 0, 0, 0, 0, 255])
-    path = saved(image, tmp_path / "palette.png", transparency=1)
-    np.testing.assert_array_equal(load_image(path), [[[255, 0, 0], [255, 255, 255]]])
+    image.info["transparency"] = 1
+    return image
 
 
-def test_cmyk_jpeg(tmp_path):
-    """A CMYK JPEG, as used for print, keeps its colors."""
-    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    image = np.asarray(load_image(saved(red, tmp_path / "print.jpg"))).astype(int)
-    assert np.abs(image - [255, 0, 0]).max() < 12
-
-
-def test_sixteen_bits(tmp_path):
-    """A PNG of 16 bits per pixel is scaled to 8 bits, not clipped."""
-    deep = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
-    image = np.asarray(load_image(saved(Image.fromarray(deep), tmp_path / "deep.png")))
-    np.testing.assert_allclose(image[0, :, 0], [0, 1, 128, 255], atol=1)
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize(
+    "image, suffix, expected",
+    [
+        (lambda: array([[0, 99, 255]], np.uint8), "png", [[0] * 3, [99] * 3, [255] * 3]),
+        (lambda: array([[[0, 255], [0, 0]]], np.uint8, "LA"), "png", [[0] * 3, [255] * 3]),
+        (lambda: array([[[0, 9, 0, 255], [0] * 4]], np.uint8), "png", [[0, 9, 0], [255] * 3]),
+        (lambda: with_palette(array([[0, 1]], np.uint8, "P")), "png", [[255, 0, 0], [255] * 3]),
+        (lambda: Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "jpg", [[254, 0, 0]]),
+        (lambda: array([[0, 257, 32768, 65535]], np.uint16), "png",
+         [[0] * 3, [1] * 3, [128] * 3, [255] * 3]),
+    ],
+    ids=["grey", "grey and alpha", "RGBA", "palette", "CMYK", "16 bits"],
+)  # fmt: skip
+def test_files_of_any_mode(tmp_path, image, suffix, expected):
+    """Any file becomes RGB: transparent pixels white, 16 bits scaled and not clipped."""
+    image = load_image(saved(image(), tmp_path / f"image.{suffix}"))
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image)[0], expected, atol=0 if suffix == "png" else 1)
 
 
 @pytest.mark.parametrize(
-    "kind, white", [(np.int32, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1)]
+    "dtype, white", [(np.int32, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1)]
 )
-def test_integers_and_floats(kind, white):
+def test_integers_and_floats(dtype, white):
     """Pixels that are integers or floats keep their brightness, whatever the value of white."""
-    pixels = (np.array([[0.0, 0.25, 0.5, 1.0]]) * white).astype(kind)
-    image = np.asarray(load_image(Image.fromarray(pixels)))
+    pixels = np.array([[0.0, 0.25, 0.5, 1.0]]) * white
+    image = np.asarray(load_image(array(pixels, dtype)))
     np.testing.assert_allclose(image[0, :, 0], [0, 64, 128, 255], atol=1)
 
 

