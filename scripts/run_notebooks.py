@@ -172,6 +172,8 @@ def main() -> int:
     out = ROOT if arguments.in_place else arguments.out
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or the debugger prints a warning
+    # OpenMP threads that wait actively are several times slower beside other busy processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     start = time.perf_counter()
     with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stdout.isatty(),
               file=sys.stdout) as bar:  # fmt: skip

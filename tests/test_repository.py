@@ -25,7 +25,8 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 # Who may import whom. A module imports only those above it in this list.
 MAY_IMPORT = {
     "distributed": {}, "files": {}, "images": {}, "layers": {}, "metrics": {}, "plots": {},
-    "synthetic": {},
+    "rasterize": {},
+    "synthetic": {"rasterize"},
     "checkpoint": {"distributed", "files"},
     "coco": {"files"},
     "download": {"files"},
@@ -113,8 +114,8 @@ def test_imported_names_exist(path):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_length(module):
-    """A module has at most 330 lines."""
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 330
+    """A module has at most 320 lines."""
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 320
 
 
 def test_requirements():
