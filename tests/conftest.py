@@ -5,6 +5,7 @@ Everything runs offline, on the CPU, with a random CNN whose features differ: se
 
 import functools
 import json
+import os
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -41,8 +42,8 @@ CAPTIONS = [
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Nothing here is large enough for a second thread, and one is easier to reproduce."""
-    torch.set_num_threads(1)
+    """Nothing here is large enough for a second thread, unless OMP_NUM_THREADS asks for it."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 def calibrate(network):
