@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints, and what lets a run be interrupted at any moment.
+"""Saving and loading checkpoints; interrupting and resuming runs.
 
 save({"model": model.state_dict(), ...}, "runs/x/last.pt")     # atomic
 checkpoint = load_safely("runs/x/last.pt")                     # runs no code from the file
@@ -55,7 +55,10 @@ def load_safely(path, map_location="cpu"):
 
 
 def config_and_words(checkpoint) -> tuple[dict, list[str]]:
-    """(config, words) of a checkpoint, also of one written before `words` had a key of its own."""
+    """(config, words) of a checkpoint, in the current format or the first one.
+
+    The first format has the words inside the config, and other names for two options.
+    """
     config = dict(checkpoint["config"])
     if "words" not in config:
         return config, checkpoint["words"]
@@ -65,9 +68,11 @@ def config_and_words(checkpoint) -> tuple[dict, list[str]]:
 
 
 def export(source, target):
-    """Write the weights of checkpoint `source` to `target` in half precision, without the
-    optimizer state: a smaller file, for `CaptionModel.from_checkpoint`. Vectors, such as biases and
-    BatchNorm statistics, stay in float32: they are small, and may not fit into half precision.
+    """Write the weights of a checkpoint in half precision, without the optimizer state.
+
+    The file is smaller, and `CaptionModel.from_checkpoint` loads it. Vectors, such as biases and
+    BatchNorm statistics, stay in float32: they are small, and may exceed the range of half
+    precision.
 
     Raises what `load_safely` raises, or ValueError if `source` is not a training checkpoint.
     """
@@ -125,7 +130,7 @@ def lock_run_dir(run_dir: Path, rank=0):
 
 @contextlib.contextmanager
 def stop_on_sigterm():
-    """An event that is set by SIGTERM, which then no longer ends the process at once."""
+    """A threading.Event that SIGTERM sets, instead of ending the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -139,7 +144,7 @@ def stop_on_sigterm():
 
 # ---------------------------------------------------------------------------- training runs
 
-# What may differ between a run and its continuation; anything else would make it another run.
+# Options that may differ when a run is resumed; changing any other would make it another run.
 MAY_CHANGE = {
     "epochs", "patience", "save_every", "device", "num_workers", "cache_dir", "out", "resume",
     "overwrite", "init_from", "train_images", "train_captions", "val_images", "val_captions",
@@ -174,7 +179,7 @@ def find_earlier_run(config):
 
 
 def modification_times(out):
-    """Those of the checkpoints in `out`, None for one that does not exist."""
+    """[last.pt, best.pt] in `out`, each in nanoseconds, or None if it does not exist."""
     files = (Path(out) / "last.pt", Path(out) / "best.pt")
     return [file.stat().st_mtime_ns if file.exists() else None for file in files]
 
@@ -184,12 +189,12 @@ def check_same_run(checkpoint, config, data_fingerprint, model):
 
     Returns the config that the checkpoint was written with.
     """
-    defaults = {f.name: f.default for f in fields(config)}  # for options added since
-    before = defaults | checkpoint["train_config"]
+    defaults = {f.name: f.default for f in fields(config)}  # for options added since the checkpoint
+    saved = defaults | checkpoint["train_config"]
     changed = [
-        f"{name} was {str(before[name])[:60]}, is {str(value)[:60]}"
+        f"{name} was {str(saved[name])[:60]}, is {str(value)[:60]}"
         for name, value in asdict(config).items()
-        if name not in MAY_CHANGE and before[name] != value
+        if name not in MAY_CHANGE and saved[name] != value
     ]
     if not config.fine_tune and any(
         isinstance(tensor, torch.Tensor)
@@ -203,17 +208,17 @@ def check_same_run(checkpoint, config, data_fingerprint, model):
         changed.append("the captions or their images have changed")
     if changed:
         raise ValueError(f"cannot resume {config.out}: {'; '.join(changed)}")
-    return before
+    return saved
 
 
 def best_epoch(history, best_by="loss") -> int:
-    """The index of the best line: lowest validation loss, or highest validation CIDEr-D."""
+    """The index of the epoch with the lowest validation loss or the highest CIDEr-D."""
     scores = [line["val_cider"] if best_by == "cider" else -line["val_loss"] for line in history]
     return scores.index(max(scores))
 
 
 def prepare_run_dir(run):
-    """Delete the files of an earlier run if this one is new.
+    """Delete the files of an earlier run if this run starts at its beginning.
 
     Raises ValueError if another run has written to the folder since `build_run`.
     """
@@ -232,10 +237,10 @@ def prepare_run_dir(run):
 
 
 def save_run(run):
-    """Write last.pt, with everything that resuming needs; after an epoch best.pt if it is the best,
-    and the history.
+    """Write last.pt, with everything needed to resume; after an epoch, also best.pt and history.
 
-    In this order, a kill at any moment leaves files from which `--resume` gets the same result.
+    best.pt is written first, if the epoch is the best so far, and the history last: a kill at any
+    moment leaves files from which `--resume` gets the same result.
     """
     config, progress, out = run.config, run.progress, Path(run.config.out)
     rng = gather(get_rng_state(run.model.device))
@@ -261,11 +266,11 @@ def restore(run, checkpoint):
     config, progress, model = run.config, run.progress, run.model
     rank, world_size = rank_and_world_size()
     try:
-        before = check_same_run(checkpoint, config, data_fingerprint(run), model)
-        if before["epochs"] != config.epochs:
+        saved = check_same_run(checkpoint, config, data_fingerprint(run), model)
+        if saved["epochs"] != config.epochs:
             print0(
                 f"The learning rate schedule now has {config.epochs} epochs instead of "
-                f"{before['epochs']}: the result differs from a run planned with as many."
+                f"{saved['epochs']}: the result differs from that of an uninterrupted run."
             )
         if checkpoint["computed_in"] != run.precision:
             print0(f"Continuing in {run.precision}, not in {checkpoint['computed_in']}.")
@@ -299,7 +304,7 @@ def write_text(path, text):
 
 
 def data_fingerprint(run) -> str:
-    """A hash of the captions that are trained and validated on."""
+    """A hash of the training and validation captions and their image ids."""
     splits = (loader.dataset.data for loader in (run.train_loader, run.val_loader))
     content = [(data.image_ids, data.captions) for data in splits]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

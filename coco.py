@@ -19,7 +19,7 @@ from files import atomic_write
 
 
 class DataError(ValueError):
-    """Captions that cannot be used; the message says which file, why, and what to do."""
+    """Captions that cannot be used; the message names the file, the reason and a remedy."""
 
 
 class CocoCaptions:
@@ -139,7 +139,7 @@ def _problem_of_image(image, ids) -> str | None:
 
 
 def _problem_of_annotation(annotation, number, ids) -> str | None:
-    """Sets a missing annotation id to its number."""
+    """The problem of an annotation, or None; a missing annotation id is set to `number`."""
     if not isinstance(annotation, dict):
         return f"annotation number {number} is not an object"
     name = f"annotation {_shorten(annotation.setdefault('id', number))}"

@@ -1,4 +1,4 @@
-"""From a COCO captions file to batches.
+"""Datasets, samplers and loaders: from a COCO captions file to batches.
 
 data = CocoCaptions("train2017", "annotations/captions_train2017.json")
 loader = train_loader(data, vocab, transform=eval_transform(224), batch_size=64)
@@ -53,7 +53,7 @@ class TokenizedCaptions:
 
 
 def tokenize_all(captions: list[str], cache_dir=None) -> TokenizedCaptions:
-    """Tokenize captions, or load the result from `cache_dir`, where it is kept.
+    """Tokenize captions, or load the tokenized captions from `cache_dir`, where they are kept.
 
     The file name contains a hash of the captions and the tokenizer; a damaged file is replaced.
     """
@@ -107,6 +107,7 @@ class ImageDataset(Dataset):
         return self.images(np.asarray(rows)), torch.as_tensor(rows)
 
     def images(self, rows):
+        """(B,) rows of `data` -> their features (B, P, C) float32, or images (B, 3, H, W)."""
         if self.features is not None:
             return torch.from_numpy(self.features[self.indices[rows]].astype(np.float32))
         return torch.stack([self.transform(self.data.paths[row]) for row in rows])
@@ -115,7 +116,7 @@ class ImageDataset(Dataset):
 class CaptionDataset(ImageDataset):
     """Every caption of `data` with its image; all captions are kept in one integer array.
 
-    group_images: load the image of several captions of a batch once, see `__getitems__`.
+    group_images: an image with several captions in a batch is loaded once, see `__getitems__`.
     """
 
     def __init__(self, data, vocab, transform=None, features=None, cache_dir=None,
@@ -152,7 +153,7 @@ class CaptionDataset(ImageDataset):
 
 
 class BucketSampler:
-    """Batches of captions of similar length, so that there is hardly any padding.
+    """Batches of captions of similar length, which need almost no padding.
 
     Every caption is in exactly one batch per epoch. The composition and the order of the batches
     depend on (seed, epoch) alone: call `set_epoch` before each epoch, with `start` to begin at a
@@ -188,10 +189,10 @@ class BucketSampler:
 
 
 class ImageGroupedSampler(BucketSampler):
-    """Batches of `batch_size` images with all their captions, of similar longest caption.
+    """Batches of `batch_size` images, each with all its captions.
 
-    What depends on the image alone, such as the CNN's forward pass, is then computed once for all
-    of its captions.
+    The CNN's forward pass is then computed once per image instead of once per caption. The images
+    of a batch have longest captions of similar length.
     """
 
     def __init__(self, lengths, image, batch_size, seed=0, rank=0, world_size=1):

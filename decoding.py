@@ -8,8 +8,9 @@ Both work with any decoder that has two methods:
     init_state(memory)                   -> state, a tuple of tensors (num_layers, B, ...)
     step(tokens, state, memory)          -> logits (B, vocab_size), new state
 
-`memory` is what the decoder knows about the images, with the batch as its first dimension.
-`<pad>`, `<start>` and `<unk>` are never generated: probabilities are those of the other words.
+`memory` represents the images, for example as (B, embed_size); its first dimension is the batch.
+`<pad>`, `<start>` and `<unk>` are never generated: the probabilities of all other tokens are
+normalized without them.
 """
 
 from typing import NamedTuple
@@ -37,8 +38,8 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=0.7, n_
     2016, without their constants), where the length includes `<end>`. Prefixes that have not ended
     after `max_len` tokens rank below all captions that have.
 
-    n_best: return so many captions per image (at most beam_size), best first; None for one. If
-        fewer exist, the last ones contain only `<pad>` and have the score -inf.
+    n_best: the number of captions per image (at most beam_size), best first; None: one, without
+        the extra dimension. If fewer exist, the last ones are all `<pad>` with a score of -inf.
 
     Raises ValueError for invalid arguments, or if the model computes NaN.
     """
@@ -51,7 +52,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=0.7, n_
     finished = _Beam.empty(batch, n, max_len, device)  # the best captions that have ended
     beam = _Beam.empty(batch, 1, max_len, device)
     beam.scores.zero_()
-    image = torch.arange(batch, device=device)  # (A,) the images whose search goes on
+    image = torch.arange(batch, device=device)  # (A,) the images still being searched
     state = decoder.init_state(memory)
     tokens = image.new_full((batch, 1), START)  # (A, K) the last token of each prefix
 
@@ -81,10 +82,11 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=0.7, n_
 
 @torch.no_grad()
 def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=None):
-    """Sampled captions: each word is drawn from softmax(log-probability / temperature).
+    """Sampled captions: each word is sampled from softmax(log-probability / temperature).
 
-    top_k: draw from the `top_k` most probable words only. `scores` are the sums of `log_probs`,
-    which are those of the model at temperature 1.
+    top_k: sample from the `top_k` most probable words only.
+
+    The returned `log_probs` are those of the model (temperature 1), and `scores` are their sums.
 
     Raises ValueError for invalid arguments, or if the model computes NaN.
     """
@@ -98,7 +100,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=N
     for _ in range(max_len):
         logits, state = decoder.step(last, state, memory)
         distribution = _mask_and_normalize(logits)  # (B, V)
-        last = _draw(distribution, temperature, top_k, generator).masked_fill(ended, PAD)
+        last = _sample_words(distribution, temperature, top_k, generator).masked_fill(ended, PAD)
         chosen = distribution.gather(1, last.unsqueeze(1)).squeeze(1)
         tokens.append(last)
         log_probs.append(chosen.masked_fill(ended, 0.0))
@@ -119,8 +121,8 @@ def _mask_and_normalize(logits):
     return log_probs
 
 
-def _draw(log_probs, temperature, top_k, generator):
-    """One index per row of log-probabilities: (B, V) -> (B,)."""
+def _sample_words(log_probs, temperature, top_k, generator):
+    """Sample one word index per row of log-probabilities: (B, V) -> (B,)."""
     # Relative to the maximum, so that a temperature close to 0 does not overflow.
     logits = (log_probs - log_probs.max(1, keepdim=True).values) / temperature
     if top_k is not None and top_k < logits.size(1):
@@ -163,7 +165,7 @@ class _Beam(NamedTuple):
         return _Beam(tokens, history, scores, last == END), last, parent
 
     def update(self, image, beam, scores):
-        """Keep the best of these sequences and those of `beam`, scored by `scores`, in order."""
+        """Merge with the sequences of `beam`, scored by `scores`, and keep the N best, in order."""
         both = [torch.cat([a[image], b], 1) for a, b in zip(self, beam, strict=True)]
         both[2] = torch.cat([self.scores[image], scores], 1)
         best = both[2].topk(self.scores.size(1)).indices  # (A, N)
@@ -172,11 +174,11 @@ class _Beam(NamedTuple):
             field[image] = candidates.take_along_dim(best.view(shape), 1)
 
     def fill(self, image, beam, length_penalty):
-        """Put prefixes that have not ended where fewer than N captions have."""
+        """Fill unused entries with the best prefixes that have not ended."""
         max_len = self.tokens.size(2)
         missing = self.scores[image] == -torch.inf  # (A, N)
         order = beam.scores.argsort(1, descending=True)[:, : missing.size(1)]
-        rank = (missing.cumsum(1) - 1).clamp(0, order.size(1) - 1)  # the i-th gap gets the i-th
+        rank = (missing.cumsum(1) - 1).clamp(0, order.size(1) - 1)  # i-th best for the i-th entry
         choice = order.gather(1, rank)
         usable = missing & (beam.scores.gather(1, choice) > -torch.inf)
         a, slot = usable.nonzero(as_tuple=True)
@@ -187,7 +189,7 @@ class _Beam(NamedTuple):
         return self
 
     def result(self, squeeze):
-        """As Decoded, cut to the longest caption."""
+        """Convert to `Decoded`, truncated to the longest caption; squeeze: without dimension K."""
         unused = self.scores == -torch.inf
         tokens = self.tokens.masked_fill(unused.unsqueeze(2), PAD)
         longest = int((tokens != PAD).sum(2).max()) if tokens.numel() else 0

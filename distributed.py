@@ -218,9 +218,12 @@ def resolve_precision(device, precision="auto") -> str:
 def _lstm_supports_bfloat16(device_type) -> bool:
     """Tested with a tiny LSTM: some CPUs have bfloat16 matrix products but no bfloat16 LSTM."""
     try:
-        with torch.random.fork_rng(), torch.autocast(device_type, torch.bfloat16):
+        # The first call may be in a context without gradients, and the result is kept.
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
             inputs = torch.zeros(1, 1, 8, device=device_type, requires_grad=True)
-            torch.nn.LSTM(8, 8, device=device_type)(inputs)[0].sum().backward()
+            lstm = torch.nn.LSTM(8, 8, device=device_type)
+            with torch.autocast(device_type, torch.bfloat16):
+                lstm(inputs)[0].sum().backward()
     except RuntimeError:
         return False
     return True

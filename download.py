@@ -38,7 +38,7 @@ YEARS, SPLITS = (2014, 2017), ("train", "val")
 
 
 class DownloadError(RuntimeError):
-    """The message is one sentence: what failed, and what to do."""
+    """A failed download; the message names the problem and a remedy in one sentence."""
 
 
 def download_coco(root, year=2017, splits=SPLITS, first=None, base_url=BASE_URL, **options):
@@ -49,7 +49,7 @@ def download_coco(root, year=2017, splits=SPLITS, first=None, base_url=BASE_URL,
     base_url: a mirror, which also replaces scheme and host of every `coco_url`.
     options: for `fetch`: tries, timeout, backoff.
 
-    Raises DownloadError, or ValueError for arguments that COCO does not have.
+    Raises DownloadError, or ValueError for a year or a split that COCO does not have.
     """
     if year not in YEARS or not set(splits) <= set(SPLITS) or (first is not None and first < 1):
         raise ValueError(f"{year=}, {splits=}, {first=}: COCO has {YEARS}, {SPLITS}, first >= 1")
@@ -113,7 +113,7 @@ def _fetch_images(captions, folder, captions_file, base_url, options):
 
 
 class _Retry(Exception):
-    """A failed attempt that is worth repeating."""
+    """A temporary failure: the attempt should be repeated."""
 
 
 def fetch(url, path, tries=5, timeout=30, backoff=1.0, max_bytes=2**35, quiet=None):
@@ -146,7 +146,7 @@ def _stream(url, part, tag_file, timeout, max_bytes, quiet):
     wanted = {"Range": f"bytes={offset}-", "If-Range": tag} if offset else {}
     with _open(url, part, wanted, timeout) as response:
         length, kind = response.length or 0, response.headers.get_content_type()
-        if response.status != 206:  # the server has no ranges, or the file has changed
+        if response.status != 206:  # no support for ranges, or the file has changed
             offset = 0
         size = offset + length
         if not length or size > max_bytes or kind == "text/html":

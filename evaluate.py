@@ -65,7 +65,7 @@ def caption_images(model, loader, beam_size=3, **options) -> list[str]:
 
 
 def caption_dataset(model, data, *, transform=None, features=None, **options) -> list[str]:
-    """As `caption_images`, for all images of `data`; with several ranks each captions its share."""
+    """Same as `caption_images` for all images of `data`, divided among the ranks."""
     rank, world_size = rank_and_world_size()
     loader = image_loader(data, transform=transform, features=features, rank=rank,
                           world_size=world_size)  # fmt: skip

@@ -37,8 +37,8 @@ from distributed import (
 from files import atomic_write, file_lock
 from images import BadImageError
 
-FORMAT = "4"  # to be increased when the content of the files, or how images are opened, changes
-SHARD_SIZE = 512  # images per file: what an interruption can cost
+FORMAT = "4"  # increase it when the content of the files, or how images are opened, changes
+SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -60,19 +60,19 @@ class FeatureArray:
 
 
 @dataclass
-class Features:
+class ExtractedFeatures:
     features: FeatureArray  # zeros for an image that could not be read
     bad: dict[int, str]  # index -> reason
 
 
 def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_workers=0,
-                     skip_bad=False) -> Features:  # fmt: skip
+                     skip_bad=False) -> ExtractedFeatures:  # fmt: skip
     """`encoder.forward_features` of every image, loaded from `cache_dir` where already computed.
 
-    Runs on the encoder's device, in its precision. When interrupted, the next call continues; with
-    torchrun, each rank computes its share of the files. Images that cannot be read do not stop
-    the others; at the end, all of them are named in a BadImageError or, with `skip_bad`, listed in
-    `bad`. Raises OSError if the files cannot be written, or files of other ranks are missing.
+    Runs on the encoder's device, in its precision. After an interruption, the next call continues;
+    with torchrun, each rank computes its share of the files. An unreadable image does not stop the
+    extraction: at the end, all unreadable images are named in a BadImageError or, with `skip_bad`,
+    listed in `bad`. Raises OSError if files cannot be written, or those of other ranks are missing.
     """
     paths = [Path(path) for path in paths]
     folder = Path(cache_dir) / f"features-{fingerprint(encoder, paths, transform)}"
@@ -83,10 +83,10 @@ def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_
     starts = range(0, len(paths), SHARD_SIZE)
     with lock:
         if rank == 0:
-            forget_recovered_images(folder, paths, transform)
+            delete_outdated_shards(folder, paths, transform)
         barrier()
         missing = [start for start in starts if not is_complete(folder, start, len(paths))]
-        barrier()  # no rank writes before all ranks know what is missing
+        barrier()  # no rank writes before all ranks have listed the missing files
         if missing:
             with reuse_freed_memory():
                 compute_shards(encoder, paths, transform, folder, missing[rank::world_size],
@@ -102,12 +102,12 @@ def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_
            for i, why in json.loads(file.read_text()).items()}  # fmt: skip
     if bad and not skip_bad:
         raise BadImageError(describe_bad(bad.values()))
-    return Features(FeatureArray([shard_file(folder, start) for start in starts]), bad)
+    return ExtractedFeatures(FeatureArray([shard_file(folder, start) for start in starts]), bad)
 
 
 @torch.inference_mode()
 def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_workers):
-    """Write the files that begin at the images `starts`."""
+    """Compute and write the shards whose first images are `starts`."""
     device, encoder = encoder.linear.weight.device, optimized_for_inference(encoder)
     batch_size = batch_size or default_batch_size(device)
     zeros = np.zeros_like(
@@ -170,8 +170,9 @@ def shard_file(folder, start) -> Path:
 
 
 def write_shard(folder, start, features, bad):
-    """Write the features and the bad images of one shard; the list of bad images comes first, so
-    that a file of features is never there without it.
+    """Write the features and the bad images of one shard.
+
+    The bad images are written first, so that a kill never leaves features without their list.
     """
     if bad:
         with atomic_write(bad_file(folder, start)) as file:
@@ -181,7 +182,7 @@ def write_shard(folder, start, features, bad):
 
 
 def check_space(folder, need):
-    """Raise OSError if the disk has no room for so many bytes of features."""
+    """Raise OSError if fewer than `need` bytes are free on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
@@ -203,8 +204,8 @@ def is_complete(folder, start, images) -> bool:
         return False
 
 
-def forget_recovered_images(folder, paths, transform):
-    """Delete files with an image that could not be read then and can be read now."""
+def delete_outdated_shards(folder, paths, transform):
+    """Delete shards with an image that could not be read when they were computed, and now can."""
     for file in folder.glob("*.bad.json"):
         try:
             bad = [int(index) for index in json.loads(file.read_text())]
@@ -219,9 +220,9 @@ def forget_recovered_images(folder, paths, transform):
 def fingerprint(encoder, paths, transform) -> str:
     """A hash of encoder, transform and images."""
     precision = resolve_precision(encoder.linear.weight.device, encoder.precision)
-    facts = (FORMAT, SHARD_SIZE, type(encoder).__qualname__, encoder.feature_size, encoder.flip,
-             encoder.pooled, precision, transform)  # fmt: skip
-    digest = hashlib.sha256(repr(facts).encode())
+    settings = (FORMAT, SHARD_SIZE, type(encoder).__qualname__, encoder.feature_size, encoder.flip,
+                encoder.pooled, precision, transform)  # fmt: skip
+    digest = hashlib.sha256(repr(settings).encode())
     pixels = np.arange(240 * 320 * 3, dtype=np.uint32) % 251  # an arbitrary but fixed image
     image = Image.fromarray(pixels.astype(np.uint8).reshape(240, 320, 3))
     digest.update(transform(image).numpy().tobytes())
@@ -232,10 +233,10 @@ def fingerprint(encoder, paths, transform) -> str:
     for path in paths:
         try:
             status = path.stat()
-            facts = status.st_size, status.st_mtime_ns
+            version = status.st_size, status.st_mtime_ns
         except OSError:
-            facts = None
-        digest.update(f"{path.parent.name}/{path.name}{facts}".encode())
+            version = None
+        digest.update(f"{path.parent.name}/{path.name}{version}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -274,8 +275,8 @@ def describe_bad(reasons) -> str:
 def reuse_freed_memory():
     """Keep up to a gigabyte of freed memory in this process, instead of returning it to Linux.
 
-    glibc returns large freed blocks to the system, which clears them when the next layer asks for
-    memory: about a tenth of a CNN's time on a CPU. The numbers are parameters of mallopt(3);
+    glibc returns large freed blocks to the system, which clears them when the next layer allocates
+    memory: about a tenth of a CNN's time on a CPU. The thresholds are described in mallopt(3);
     afterwards they are the largest that malloc would choose by itself. No effect with another C
     library.
     """
@@ -286,7 +287,7 @@ def reuse_freed_memory():
         return
     default = ((M_TRIM_THRESHOLD, 2**26), (M_MMAP_THRESHOLD, 2**25))
     for parameter, size in (*default, (M_TRIM_THRESHOLD, 2**30), (M_MMAP_THRESHOLD, 2**30)):
-        mallopt(parameter, size)  # where the last one is refused, the default holds
+        mallopt(parameter, size)  # if the last value is rejected, the default stays in effect
     try:
         yield
     finally:

@@ -25,7 +25,8 @@ def atomic_write(path):
     OSError if the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # ranks may write the same cache file
+    # The process id is part of the name, because several ranks may write this file.
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             yield file

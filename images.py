@@ -47,7 +47,7 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
 
 
 def _to_rgb(image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 bits or more, which convert() would clip
+    if image.mode.startswith(("I", "F")):  # 16 bits or more: convert() would saturate
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

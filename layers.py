@@ -1,4 +1,4 @@
-"""Building blocks of the decoders."""
+"""Layers of the decoder."""
 
 import torch
 from torch import nn
@@ -7,8 +7,9 @@ from torch import nn
 class Dropout(nn.Dropout):
     """Dropout with a mask of 8 random bits per element on the CPU.
 
-    nn.Dropout draws a full random number per element there, a sixth of a bfloat16 training step.
-    The probability is rounded to a multiple of 1/256, and the scale is that of the rounded one.
+    nn.Dropout generates a full-width random number per element there, which takes a sixth of the
+    time of a bfloat16 training step. The probability is rounded to a multiple of 1/256, and the
+    outputs are scaled by 1 / (1 - rounded probability).
     """
 
     def forward(self, x):

@@ -25,10 +25,11 @@ class TeacherForcing(nn.Module):
 
         captions: (B, T) on the CPU, as a loader returns them. The targets are all words and
         `<end>`; the vocabulary projection and the loss are computed for these alone, not for
-        padding. image_index: (B,) if several captions share an image. `lengths` is not needed.
+        padding. image_index: (B,), the row of `images` that belongs to each caption; None: the same
+        row. `lengths` is accepted so that a batch of a loader can be passed as it is, and not used.
         """
         device = self.model.device
-        positions, targets = real_targets(captions)  # on the CPU, so that a GPU need not wait
+        positions, targets = real_targets(captions)  # on the CPU: nonzero() would synchronize a GPU
         positions, targets = (x.to(device, non_blocking=True) for x in (positions, targets))
         images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
         with self.model.autocast():

@@ -37,10 +37,10 @@ def unk_rate(captions, known, tokenize) -> float:
 def caption_scores(candidates, references, tokenize, tokenizer_name, java=False):
     """Score one generated caption per image against all of its references.
 
-    candidates: list of str; references: for each, a list of str.
-    tokenize: str -> list of words, for both sides; its name, `tokenizer_name`, becomes part of the
-        result, because scores are comparable only under the same tokenisation.
-    java: also METEOR and SPICE, which are Java programs (SPICE downloads its models).
+    candidates: list of str, one per image. references: for each image, a list of str.
+    tokenize: str -> list of words, for candidates and references. Its name, `tokenizer_name`, is
+        part of the result, because scores are comparable only under the same tokenization.
+    java: compute METEOR and SPICE too, which are Java programs (SPICE downloads its models).
 
     BLEU-1..4 (Papineni et al., 2002) and ROUGE-L (Lin, 2004) are between 0 and 1, CIDEr-D (Vedantam
     et al., 2015) between 0 and 10; all are computed by pycocoevalcap, COCO's evaluation code.
@@ -79,7 +79,7 @@ def java_scores(truth, result) -> dict:
             continue
         try:
             scores[name] = float(scorer().compute_score(truth, result)[0])
-        except Exception as error:  # of a subprocess or download; the other scores remain
+        except Exception as error:  # a subprocess or download failed: report the other scores
             scores |= {name: None, f"{name} left out": f"{type(error).__name__}: {error}"}
     return scores
 

@@ -1,6 +1,6 @@
-"""Figures that several notebooks share.
+"""Figures shared by the notebooks.
 
-Each function takes data and, except for the grid, an optional `ax`, and returns the axes.
+Each function takes data and an optional `ax` (`image_grid` makes its own), and returns the axes.
 """
 
 import textwrap
@@ -14,7 +14,7 @@ COLOURS = (BLUE, ORANGE, GREY, "black")
 def image_grid(images, titles=None, columns=4, width=3.0, wrap=30, colours=None):
     """Images (PIL or arrays) in rows of `columns`, each with a title below it."""
     rows = -(-len(images) // columns)
-    lines = max((text_block(title, wrap).count("\n") + 1 for title in titles or [""]), default=1)
+    lines = max(text_block(title, wrap).count("\n") + 1 for title in titles or [""])
     height = rows * (width + 0.19 * lines + 0.25)
     fig, axes = plt.subplots(
         rows, columns, figsize=(columns * width, height), squeeze=False, layout="constrained"
@@ -35,21 +35,17 @@ def text_block(text, wrap):
     return "\n".join(textwrap.fill(line, wrap) for line in text.split("\n"))
 
 
-def bars(counts: dict, ax=None, xlabel="", ylabel="", horizontal=False, colour=BLUE):
-    """One bar per key of `counts`."""
+def bars(counts: dict, ax=None, xlabel="", ylabel=""):
+    """One vertical bar per key of `counts`."""
     ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
-    names = [str(name) for name in counts]
-    if horizontal:
-        ax.barh(names[::-1], list(counts.values())[::-1], color=colour)
-    else:
-        ax.bar(names, list(counts.values()), color=colour)
+    ax.bar([str(name) for name in counts], list(counts.values()), color=BLUE)
     return style_axes(ax, xlabel, ylabel)
 
 
-def curves(series: dict, ax=None, xlabel="", ylabel="", x=None, colours=COLOURS):
-    """One line with markers per entry of `series`: name -> values, over 1, 2, 3 ... or `x`."""
+def curves(series: dict, ax=None, xlabel="", ylabel="", x=None):
+    """One line per entry of `series` (at most four): name -> values, over 1, 2, 3 ... or `x`."""
     ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
-    for (name, values), colour in zip(series.items(), colours, strict=False):
+    for (name, values), colour in zip(series.items(), COLOURS, strict=False):
         ax.plot(x or range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=name)
     if len(series) > 1:
         ax.legend(frameon=False)
@@ -63,7 +59,7 @@ def style_axes(ax, xlabel, ylabel):
 
 
 def token_table(rows: dict, ax=None):
-    """One row per sequence, one box per token: name -> tokens ("" leaves a gap)."""
+    """One row per entry of `rows`, name -> tokens, with a box per token ("" leaves a gap)."""
     width = max(map(len, rows.values()))
     ax = ax or plt.subplots(figsize=(0.9 * width + 1, 0.55 * len(rows) + 0.2))[1]
     for row, (name, tokens) in enumerate(rows.items()):

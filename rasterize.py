@@ -13,7 +13,7 @@ SUPERSAMPLING = 4  # sub-pixels per pixel and axis, averaged for smooth edges
 
 
 def downsample(canvas: np.ndarray) -> np.ndarray:
-    """Average the sub-pixels of each pixel."""
+    """Average the sub-pixels of each pixel: (side * n, side * n, 4) -> (side, side, 4)."""
     n = SUPERSAMPLING
     return sum(canvas[i::n, j::n] for i in range(n) for j in range(n)) // n**2
 
@@ -61,6 +61,7 @@ def fill_shape(canvas: np.ndarray, words: list[str], shift: tuple[int, int], pai
 
 
 def rgba(paint: str) -> np.ndarray:
+    """#rrggbb -> (4,) int32, opaque."""
     return np.array([*bytes.fromhex(paint[1:]), 255], np.int32)
 
 

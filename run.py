@@ -1,4 +1,4 @@
-"""What a training run consists of, and how it is built from its config.
+"""A training run: its parts (model, loaders, optimizer), built from a config.
 
 run = build_run(TrainConfig(train_images=..., out="runs/mine"))
 run.model, run.train_loader, run.optimizer, run.progress.history
@@ -28,16 +28,16 @@ from losses import TeacherForcing
 from model import CaptionModel
 from vocabulary import Vocabulary
 
-FEW_UPDATES = 200  # fewer optimizer steps than this hardly train a model
+FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
 
 
 @dataclass
 class Progress:
-    """How far a run is: the epochs that are done, and the batches of the current one."""
+    """How far a run has got: the completed epochs, and the batches of the current one."""
 
-    history: list = field(default_factory=list)  # a dict per epoch
+    history: list = field(default_factory=list)  # a dict of results per epoch
     step: int = 0  # batches of the current epoch
-    totals: torch.Tensor | None = None  # negative log-likelihood and targets of these batches
+    totals: torch.Tensor | None = None  # (2,) negative log-likelihood, targets of these batches
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Run:
 
 
 def zero_totals(device):
+    """(2,) float64: no negative log-likelihood and no targets yet."""
     return to_float64(torch.zeros(2, device=device))
 
 
@@ -78,7 +79,7 @@ def build_run(config: TrainConfig) -> Run:
     earlier = find_earlier_run(config)
     if config.resume and earlier is None:
         last = Path(config.out) / "last.pt"
-        print0(f"There is no {last} to resume from yet: the run starts at its beginning.")
+        print0(f"There is no {last} to resume from yet: a new run is started.")
     train_data = CocoCaptions(config.train_images, config.train_captions)
     val_data = CocoCaptions(config.val_images, config.val_captions)
     torch.manual_seed(config.seed)
@@ -88,7 +89,7 @@ def build_run(config: TrainConfig) -> Run:
     progress = Progress(totals=zero_totals(device))
     run = Run(config, model, loss, build_optimizer(model, config), *loaders, progress, found)
     warn_about_few_updates(run)
-    # Every rank has its own dropout.
+    # Another seed on every rank, so that their dropout masks differ.
     torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
     if earlier:
         restore(run, earlier)
@@ -145,7 +146,7 @@ def image_features(config, model, data):
 
 
 def exclude_bad_images(splits, bad, skip):
-    """Print which images are excluded. Raises BadImageError for unreadable ones unless `skip`."""
+    """Print which images are excluded; raise BadImageError for unreadable ones unless `skip`."""
     for split in splits:
         if split.uncaptioned:
             count = len(split.uncaptioned)

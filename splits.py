@@ -30,10 +30,10 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     random, half of them into "val" and half into "test"; or, given `karpathy` (the path of
     dataset_coco.json), the split of Karpathy & Fei-Fei (2015) is used. If only training captions
     are there, a tenth of their images becomes "val" and another tenth "test". Such splits are
-    written below `work_dir` (default: `data_dir`) as captions files, the same every time.
+    written as captions files below `work_dir` (default: `data_dir`), the same every time.
 
-    download: download COCO if it is missing. first: only so many images of each split, as they
-    were downloaded.
+    download: download COCO if it is missing. first: use the first `first` images of each split, as
+        downloaded by `download_coco(first=first)`.
 
     Raises DataError that names what is missing and what to do, or ValueError for an unknown name,
     or for `karpathy` with anything but the complete coco2014.
@@ -47,7 +47,7 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     if name == "folder":
         return _random_splits_of(data_dir / "images", data_dir / "captions.json", work_dir)
     if karpathy and (name != "coco2014" or first):
-        raise ValueError("Karpathy's split is one of the complete coco2014: no other dataset")
+        raise ValueError("Karpathy's split requires the complete coco2014")
     return _coco_splits(name, data_dir, work_dir, download, first, karpathy)
 
 
@@ -107,7 +107,7 @@ def karpathy_splits(karpathy_file, out_dir) -> dict[str, Path]:
 
     Reads their `dataset_coco.json` (or `dataset_flickr8k.json`, ..). As usual, "restval" is part of
     training. Image names are relative to one folder, e.g. "val2014/COCO_val...jpg". Raises
-    DataError if the file is of another kind.
+    DataError if the file has another format.
     """
     try:
         images = json.loads(Path(karpathy_file).read_text(encoding="utf-8"))["images"]
@@ -138,7 +138,7 @@ def random_splits(captions_file, out_dir, fractions, seed=0) -> dict[str, Path]:
     first = {}  # file name -> the first of its ids
     for image in sorted(content["images"], key=itemgetter("id")):
         first.setdefault(image["file_name"], image["id"])
-    split_of = _draw_splits(sorted(first.values()), fractions, seed, captions_file)
+    split_of = _assign_splits(sorted(first.values()), fractions, seed, captions_file)
     for image in content["images"]:
         split_of[image["id"]] = split_of[first[image["file_name"]]]
     splits = {name: ([], []) for name in fractions}
@@ -151,7 +151,7 @@ def random_splits(captions_file, out_dir, fractions, seed=0) -> dict[str, Path]:
     )
 
 
-def _draw_splits(ids, fractions, seed, captions_file) -> dict:
+def _assign_splits(ids, fractions, seed, captions_file) -> dict:
     """Image id -> the name of its split."""
     ids = np.array(ids)
     ids = ids[np.random.default_rng(seed).permutation(len(ids))].tolist()

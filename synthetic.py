@@ -26,7 +26,7 @@ from PIL import Image
 
 from rasterize import downsample, rasterize, rgba
 
-VERSION = "2"  # to be raised with every change of the files
+VERSION = "2"  # increase it whenever the generated files change
 SIZES = {"train": 1600, "val": 200, "test": 200}  # scenes per split
 IMAGE_SIDE = 128  # pixels; images are square
 
@@ -81,6 +81,7 @@ def random_scene(rng: Random, count: int | None = None) -> Scene:
 
 
 def random_thing(rng: Random) -> Thing:
+    """Flying things are in the upper half, standing ones on the ground."""
     colour, name, side = (rng.choice(list(table)) for table in (COLOURS, OBJECTS, THING_SIDES))
     x = rng.randrange(1, IMAGE_SIDE - side)
     y = rng.randrange(1, 66 - side) if name in FLYING else rng.randrange(100, 127) - side
@@ -106,6 +107,7 @@ def make_captions(scene: Scene, rng: Random) -> list[str]:
 
 
 def make_sentence(scene: Scene, rng: Random) -> str:
+    """A random sentence that names every thing and the background, in random order."""
     things = list(scene.things)
     rng.shuffle(things)
     first, *others = things
@@ -227,7 +229,8 @@ def is_written(files: dict[str, tuple[Path, Path]], info: dict) -> bool:
 
 
 def write_splits(root: Path, info: dict) -> None:
-    used = set()  # scenes; each is in one split only
+    """Write the images and captions files of all splits; no scene is in two of them."""
+    used = set()
     (root / "annotations").mkdir(parents=True)
     for split, size in info["sizes"].items():
         (root / split).mkdir()

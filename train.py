@@ -51,15 +51,15 @@ from run import Run, build_run, zero_totals
 
 
 def train_one_epoch(run: Run, after_update):
-    """Train on every caption once, or, after an interruption, on those that are left.
+    """Train on every caption once; after an interruption, on the remaining ones of the epoch.
 
-    Calls `after_update(norm of the gradient)` after each optimizer step.
+    Calls `after_update(gradient_norm)` after each optimizer step.
     """
     config, progress, loader = run.config, run.progress, run.train_loader
     epoch, steps = len(progress.history), len(loader)
     run.loss.train()
     loader.batch_sampler.set_epoch(epoch, progress.step)
-    # Seeds the random crops of the workers.
+    # This seeds the random crops in the worker processes.
     loader.generator.manual_seed(hash((config.seed, epoch, progress.step, rank_and_world_size())))
     run.optimizer.zero_grad()
     targets = 0
@@ -76,7 +76,7 @@ def train_one_epoch(run: Run, after_update):
             continue
         norm = update(run, targets, schedule((epoch + progress.step / steps) / config.epochs))
         targets = 0
-        if progress.step % 20 == 0:  # not in every step: reading a number makes a GPU wait
+        if progress.step % 20 == 0:  # not in every step, because item() synchronizes a GPU
             bar.set_postfix(loss=f"{(progress.totals[0] / progress.totals[1]).item():.3f}")
         after_update(norm)
 
@@ -84,7 +84,7 @@ def train_one_epoch(run: Run, after_update):
 def update(run: Run, targets, factor):
     """An optimizer step with the mean gradient over the targets of all ranks; returns its norm.
 
-    factor: what to multiply the maximum learning rate of each parameter group with.
+    targets: their number on this rank. factor: of the maximum learning rate of each group.
     """
     _, world_size = rank_and_world_size()
     scale = world_size / all_reduce_sum(targets)  # DDP has averaged the gradients over the ranks
@@ -111,9 +111,10 @@ def schedule(progress: float) -> float:
 
 
 def validate(run: Run, seconds, fraction) -> dict:
-    """A line of the history: the results of this epoch's training and of the validation after it.
+    """Validate after an epoch; returns its line of the history, with the training results.
 
-    seconds: duration of the training. fraction: of the epoch, below 1 if it was resumed.
+    seconds: duration of the training. fraction: of the epoch that was trained in this time, below
+        1 if the run was resumed within it.
     """
     config, progress = run.config, run.progress
     nll, tokens = all_reduce_sum(progress.totals).tolist()
@@ -139,8 +140,8 @@ def validate(run: Run, seconds, fraction) -> dict:
 def fit(run: Run) -> list[dict]:
     """Train up to `config.epochs`, or until validation stops improving; returns the history.
 
-    Saves a checkpoint after every epoch, and after every `save_every`-th batch: Ctrl-C loses what
-    came after the last one. SIGTERM, which Slurm sends before it kills, saves at once.
+    Saves a checkpoint after every epoch and every `save_every` batches; Ctrl-C loses the progress
+    since the last one. SIGTERM, which Slurm sends before it kills a job, saves one at once.
     """
     config, progress = run.config, run.progress
     rank, _ = rank_and_world_size()
@@ -171,7 +172,7 @@ def is_finished(history, config) -> bool:
 
 
 def save_if_due(run: Run, norm, stop):
-    """Save if `save_every` or SIGTERM asks for it. Raises SystemExit after SIGTERM."""
+    """Save if a save is due by `save_every`, or after SIGTERM; then raise SystemExit."""
     config, step = run.config, run.progress.step
     stopping = must_stop(run, stop)
     due = config.save_every > 0 and step % config.save_every < config.grad_accum_steps
@@ -193,7 +194,7 @@ def must_stop(run: Run, stop) -> bool:
 
 
 def check_finite(value):
-    """Stop before a diverged model replaces a good checkpoint."""
+    """Raise ValueError for NaN or infinity, before a diverged model replaces a good checkpoint."""
     if not math.isfinite(value):
         raise ValueError(
             "the loss is not finite: start again with a lower --learning-rate (and --overwrite)"
@@ -212,7 +213,7 @@ def describe_epoch(line) -> str:
 
 
 def report(run: Run, beam_size=3) -> dict:
-    """Evaluate best.pt on the validation images; writes and returns metrics.json."""
+    """Evaluate best.pt on the validation images; returns the metrics and writes metrics.json."""
     barrier()  # best.pt is complete when rank 0 gets here
     best = Path(run.config.out) / "best.pt"
     model = CaptionModel.from_checkpoint(best, run.model.device)
@@ -228,14 +229,14 @@ def report(run: Run, beam_size=3) -> dict:
 
 
 def error_message(error) -> str | None:
-    """The sentence to print for an error of the user or the machine; None for a bug."""
+    """The message for an error caused by the user or the machine; None for a bug."""
     text = str(error)
     if isinstance(error, RuntimeError):
         if "DataLoader worker (pid" not in text:
             return None
         return (
-            f"a process that loads images has died ({text.splitlines()[0]}), perhaps for lack of "
-            "memory: use fewer --num-workers; --resume continues from what was saved"
+            f"a data-loader worker ended unexpectedly ({text.splitlines()[0]}), perhaps for lack "
+            "of memory: use fewer --num-workers; --resume continues from what was saved"
         )
     # PyTorch prepends the traceback to an exception that was raised in a worker.
     return text.splitlines()[-1] if text.startswith("Caught ") else text

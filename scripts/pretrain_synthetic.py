@@ -5,7 +5,7 @@
 Captioning starts from a frozen, pretrained CNN. For photographs that is one trained on ImageNet;
 for synthetic scenes it is torchvision's `mobilenet_v3_small` trained here, on an endless stream of
 scenes, to classify the background and every (colour, object) pair. The random stream is not the
-one of `write_synthetic`. The classifier is linear, so that everything it recognises is a linear
+one of `write_synthetic`. The classifier is linear, so that everything it recognizes is a linear
 function of the 576 pooled features. Only `features.*` is saved, in half precision.
 
 With the defaults: about 16 minutes on one CPU core (128,000 scenes). Measured on 2,000 new scenes,
@@ -33,7 +33,7 @@ from synthetic import BACKGROUNDS, COLOURS, OBJECTS, Scene, random_scene, render
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = list(product(COLOURS, OBJECTS))
-PLACES = list(BACKGROUNDS)
+BACKGROUND_NAMES = list(BACKGROUNDS)
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
@@ -43,11 +43,11 @@ class SceneClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = mobilenet_v3_small().features
-        self.head = nn.Linear(576, len(PAIRS) + len(PLACES))
+        self.head = nn.Linear(576, len(PAIRS) + len(BACKGROUND_NAMES))
 
     def forward(self, images):
         pooled = self.features(images).mean((2, 3))  # (B, 576)
-        return self.head(pooled).split([len(PAIRS), len(PLACES)], dim=1)
+        return self.head(pooled).split([len(PAIRS), len(BACKGROUND_NAMES)], dim=1)
 
 
 def make_batch(rng: Random, size: int):
@@ -57,42 +57,46 @@ def make_batch(rng: Random, size: int):
     images = pixels.permute(0, 3, 1, 2).float() / 255  # (size, 3, 128, 128)
     images = F.interpolate(images, size=96, mode="bilinear", antialias=True)
     pairs = torch.tensor([pair_targets(scene) for scene in scenes])
-    places = torch.tensor([PLACES.index(scene.background) for scene in scenes])
-    return (images - MEAN) / STD, pairs, places
+    backgrounds = torch.tensor([BACKGROUND_NAMES.index(scene.background) for scene in scenes])
+    return (images - MEAN) / STD, pairs, backgrounds
 
 
 def pair_targets(scene: Scene) -> list[float]:
+    """For each of PAIRS, 1.0 if the scene contains it, else 0.0."""
     present = {(thing.colour, thing.name) for thing in scene.things}
     return [float(pair in present) for pair in PAIRS]
 
 
 def train(model: SceneClassifier, scenes: int, batch_size: int, seed: int) -> None:
+    """Train on `scenes` new scenes; prints the results of every 100th batch."""
     rng, steps = Random(f"pretrain {seed}"), scenes // batch_size
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.2)
     model.train()
     for step in range(1, steps + 1):
-        images, pairs, places = make_batch(rng, batch_size)
-        pair_logits, place_logits = model(images)
-        # Summed over the pairs: their mean over 48, mostly absent, would weigh too little.
-        loss = F.binary_cross_entropy_with_logits(pair_logits, pairs) * len(PAIRS)
-        loss = loss + F.cross_entropy(place_logits, places)
+        images, *targets = make_batch(rng, batch_size)
+        pair_logits, background_logits = model(images)
+        # Summed over the pairs: a mean over 48, most of them absent, would have too little weight.
+        loss = F.binary_cross_entropy_with_logits(pair_logits, targets[0]) * len(PAIRS)
+        loss = loss + F.cross_entropy(background_logits, targets[1])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            right = exactly_right(pair_logits, place_logits, pairs, places).float().mean()
+            right = exactly_right(pair_logits, background_logits, *targets).float().mean()
             print(f"scene {step * batch_size:7d}  loss {loss:.4f}  right {right:.2f}", flush=True)
 
 
-def exactly_right(pair_logits, place_logits, pairs, places):
-    """Which scenes have the right background and exactly the right pairs: (B,) of bool."""
-    return ((pair_logits > 0) == pairs.bool()).all(1) & (place_logits.argmax(1) == places)
+def exactly_right(pair_logits, background_logits, pairs, backgrounds):
+    """(B,) bool: whether the background and all pairs of a scene are predicted, and no others."""
+    all_pairs = ((pair_logits > 0) == pairs.bool()).all(1)
+    return all_pairs & (background_logits.argmax(1) == backgrounds)
 
 
 @torch.inference_mode()
 def accuracy(model: SceneClassifier, scenes: int) -> float:
+    """The fraction of `scenes` new scenes that are classified exactly right."""
     model.eval()
     rng, right = Random("pretrain check"), 0
     for _ in range(scenes // 50):

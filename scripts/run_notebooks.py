@@ -76,7 +76,7 @@ async def start_kernel(client):
 
 
 async def execute_cells(client):
-    """Yield the position of each cell, then execute it.
+    """Execute the cells in order; yields the position of each before it is executed.
 
     Raises CellExecutionError or DeadKernelError.
     """
@@ -88,7 +88,7 @@ async def execute_cells(client):
         try:
             await client.async_execute_cell(cell, index, execution_count=count)
         except DeadKernelError:
-            if await client.km.is_alive():  # nbclient takes any cancellation for a dead kernel
+            if await client.km.is_alive():  # nbclient reports a cancellation as a dead kernel
                 raise asyncio.CancelledError from None
             raise
     info = await client.async_wait_for_reply(client.kc.kernel_info())
@@ -171,7 +171,7 @@ def main() -> int:
         parser.error(f"no notebook has a parameter {', '.join(sorted(unknown))}")
     out = ROOT if arguments.in_place else arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # or the debugger prints a warning
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # it prints a warning
     # OpenMP threads that wait actively are several times slower beside other busy processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     start = time.perf_counter()

@@ -19,10 +19,10 @@ from PIL import Image
 
 from config import TrainConfig
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+settings.register_profile("patient", deadline=None)  # tests may be slow on a busy machine
 settings.load_profile("patient")
 
-SCRATCH = tempfile.TemporaryDirectory()  # it goes when Python does
+SCRATCH = tempfile.TemporaryDirectory()  # deleted when Python exits
 
 CAPTIONS = [
     ["a cat", "a small grey cat", "one cat sits"],
@@ -42,14 +42,14 @@ CAPTIONS = [
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Nothing here is large enough for a second thread, unless OMP_NUM_THREADS asks for it."""
+    """The tests are too small to benefit from more threads; OMP_NUM_THREADS overrides this."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 def calibrate(network):
     """Fit the BatchNorm statistics of a random network to noise, in place.
 
-    Otherwise its features shrink to 1e-9 layer by layer, and are the same for all images.
+    Otherwise the features shrink layer by layer, to 1e-9, and are the same for all images.
     """
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

@@ -3,8 +3,9 @@
     python tests/faults.py                   # all of them, a few minutes; prints a table
     python tests/faults.py kill memory       # some of them
 
-Too slow for every test run, and in part only for Linux and root (a small tmpfs, two network
-namespaces): what this machine does not support is reported as not tried. Exits with 1 on a failure.
+These trials are too slow for `make test`, and some require root on Linux (a small tmpfs, two
+network namespaces). Those that this machine does not support are reported as not tried. The exit
+status is 1 if a trial failed.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class Unsupported(Exception):
 
 
 def start(config, log=None):
-    """The command line of `config` in a process of its own, its output in `log`."""
+    """Run the command line of `config` in a new process; its output goes to `log`."""
     process = FORK.Process(target=log_into, args=(config, log or f"{config.out}.log"))
     process.start()
     return process
@@ -69,7 +70,7 @@ def finish(config, log=None):
 
 
 def check_readable(config):
-    """All files that a run has left are complete. Returns their number."""
+    """Assert that all files that a run has left are complete; returns their number."""
     out, found = Path(config.out), 0
     for name in ("last.pt", "best.pt"):
         if (out / name).exists():
@@ -147,7 +148,7 @@ def small_disk(folder, kilobytes):
     folder.mkdir(parents=True, exist_ok=True)
     size = f"size={kilobytes}k"
     if os.geteuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder]):
-        raise Unsupported("mounting a small tmpfs takes root on Linux")
+        raise Unsupported("mounting a small tmpfs requires root on Linux")
     try:
         yield
     finally:
@@ -167,18 +168,18 @@ def disk(folder):
                       resume=True)  # fmt: skip
         with small_disk(disk, room):
             log = folder / f"disk-{number}.txt"
-            status, said, _ = finish(run, log)  # the log is not on the full disk
+            status, output, _ = finish(run, log)  # the log is not on the full disk
             check_readable(run)
             if status == 0:
                 fits += 1
                 continue
-            errors = [line for line in said.splitlines() if line.startswith("error: ")]
-            assert status == 1 and len(errors) == 1 and "Traceback" not in said, said
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            assert status == 1 and len(errors) == 1 and "Traceback" not in output, output
             assert not list(disk.rglob("*.part"))
             stopped += 1
             subprocess.check_call(["mount", "-o", f"remount,size={8 * size}k", disk])
-            status, said, _ = finish(run, log)
-            assert status == 0, said
+            status, output, _ = finish(run, log)
+            assert status == 0, output
             assert_same_result(run.out, config.out)
     return (
         "disks of 16 sizes, full at features, vocabulary, checkpoints or history",
@@ -213,7 +214,7 @@ def two_nodes():
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
         yield ("captions-a", "captions-b")
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise Unsupported("network namespaces take root and `ip` on Linux") from error
+        raise Unsupported("network namespaces require root and `ip` on Linux") from error
     finally:
         remove_nodes()
 
@@ -226,7 +227,7 @@ def remove_nodes():
 
 def torchrun(node, config, log, restarts=0):
     """`torchrun ... train.py` on one of the two nodes."""
-    # The host name is the same in both, so that torchrun cannot find out its address.
+    # Both nodes have the same host name, so torchrun has to be told which one is the host.
     address, host = ("10.213.0.1", 1) if node == "captions-a" else ("10.213.0.2", 0)
     words = f"""ip netns exec {node} env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME={node}
         {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
@@ -349,7 +350,7 @@ def failing_rank(folder):
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- a worker that dies
+# ---------------------------------------------------------------------------- a killed worker
 
 
 def worker(folder):

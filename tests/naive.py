@@ -1,8 +1,8 @@
 """A second, independent implementation of the decoder and of the beam search, in numpy.
 
 One image and one token at a time, in float64, without batches and without early stopping. Tests
-compare `DecoderRNN` and `decoding.py` with it; it has the weights of the decoder, and shares no
-code with it.
+compare `DecoderRNN` and `decoding.py` with it. It uses the weights of the decoder, but none of its
+code.
 """
 
 import functools
@@ -117,7 +117,7 @@ def greedy(language_model, max_len):
 def beam_search(language_model, beam_size, max_len, length_penalty, n_best=1):
     """(at most n_best hypotheses, best first; smallest margin between scores that were compared).
 
-    Where the margin is as small as float32's rounding, another result is just as good.
+    If the margin is as small as the rounding errors of float32, other results are equally correct.
     """
     beam, ended, margins = [Hypothesis([], [])], [], [np.inf]
     for _ in range(max_len):

@@ -60,7 +60,7 @@ def test_feature_map(backbone, images):
 
 
 def test_flip(images):
-    """With `flip`, features are the mean of those of the image and of its mirror image."""
+    """With `flip`, the features are the mean over the image and its horizontal flip."""
     plain, both = small_encoder(), small_encoder(flip=True)
     flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_flip(images):
 
 
 def test_flip_of_a_feature_map(images):
-    """The map of the mirror image is flipped back, so that positions correspond."""
+    """The feature map of the flipped image is flipped back, so that positions correspond."""
     plain, both = small_encoder(pooled=False), small_encoder(pooled=False, flip=True)
     flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
     with torch.no_grad():

@@ -19,7 +19,7 @@ from train import main
 
 @pytest.fixture
 def fails(dataset, capsys):
-    """Run the command with changed options; it has to fail properly. Returns its message."""
+    """Run the command with changed options; it must fail with one message, which is returned."""
 
     def run(**changes):
         config = tiny_config(dataset)

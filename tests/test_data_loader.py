@@ -101,7 +101,7 @@ def test_start_within_an_epoch(grouped):
     assert epoch_of(sampler(grouped), 3, start=2) == epoch_of(sampler(grouped), 3)[2:]
 
 
-def test_images_are_whole():
+def test_all_captions_of_an_image_are_in_one_batch():
     """A batch of the ImageGroupedSampler has all captions of its images, at most batch_size."""
     for batch in epoch_of(sampler(grouped=True), 0):
         images = set(IMAGES[batch])
@@ -214,7 +214,7 @@ def test_grouped_images(data, vocab, batch_size):
 
 
 def test_loss_of_grouped_images(data, vocab):
-    """The loss of an epoch with grouped images, and its gradient, are those without."""
+    """Grouping images changes neither the loss of an epoch nor its gradient."""
     torch.manual_seed(0)
     config = ModelConfig(backbone="shufflenet_v2_x0_5", image_size=64, embed_size=8, hidden_size=8,
                          dropout=0.0, precision="float32")  # fmt: skip

@@ -167,8 +167,8 @@ def test_any_decoder():
 def test_sampling_frequencies(temperature, top_k):
     """Sequences occur as often as the product of softmax(log-probability / temperature) says.
 
-    Pearson's chi-square over 8000 captions of at most two tokens: the bar is exceeded by chance
-    once in 10 million (31 sequences at most, so 30 degrees of freedom).
+    Pearson's chi-square over 8000 captions of at most two tokens: the probability of exceeding the
+    threshold by chance is 1e-7 (31 sequences at most, so 30 degrees of freedom).
     """
     decoder, features = uncertain_decoder(images=1)
     count, (model,) = 8000, language_models(decoder, features)

@@ -1,4 +1,4 @@
-"""Two processes, with the environment that torchrun gives them, against one; the precision."""
+"""Two processes, with the environment that torchrun sets, compared with one."""
 
 import json
 import multiprocessing
@@ -126,49 +126,3 @@ def test_interleave(world_size):
     """`interleave` restores the order of a list that was divided between ranks."""
     whole = list(range(7))
     assert interleave([whole[rank::world_size] for rank in range(world_size)]) == whole
-
-
-# ---------------------------------------------------------------------------- precision
-
-
-@pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize("lstm", [False, True])
-@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
-def test_precision_of_a_cpu(monkeypatch, accelerated, lstm, precision):
-    """ "auto" is bfloat16 on a CPU that accelerates it and can run an LSTM in it.
-
-    Choosing bfloat16 where the LSTM does not support it is an error.
-    """
-    capabilities = {"amx_bf16": accelerated}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(distributed, "_lstm_supports_bfloat16", lambda device_type: lstm)
-    if precision == "bfloat16" and not lstm:
-        with pytest.raises(ValueError, match="does not support bfloat16.*--precision float32"):
-            resolve_precision("cpu", precision)
-        return
-    expected = precision
-    if precision == "auto":
-        expected = "bfloat16" if accelerated and lstm else "float32"
-    assert resolve_precision("cpu", precision) == expected
-    with autocast("cpu", precision):
-        assert (torch.rand(4, 4) @ torch.rand(4, 4)).dtype == getattr(torch, expected)
-
-
-def test_unknown_precision():
-    """An unknown precision is an error that lists the known ones."""
-    with pytest.raises(ValueError, match="'half'.*auto, float32, bfloat16"):
-        resolve_precision("cpu", "half")
-
-
-def test_cpu_that_reports_bfloat16(monkeypatch):
-    """Whatever a CPU reports, a training step works, and the check uses no random number."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    distributed._lstm_supports_bfloat16.cache_clear()
-    decoder, state = DecoderRNN(8, 8, vocab_size=9), torch.get_rng_state()
-    with autocast("cpu"):
-        decoder(torch.rand(2, 8), torch.tensor([[1, 4, 2], [1, 5, 2]])).sum().backward()
-    assert torch.isfinite(decoder.lstm.weight_hh_l0.grad).all()
-    torch.set_rng_state(state)
-    distributed._lstm_supports_bfloat16.cache_clear()
-    distributed._lstm_supports_bfloat16("cpu")
-    assert torch.equal(torch.get_rng_state(), state)

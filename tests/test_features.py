@@ -105,7 +105,7 @@ def test_folded_batch_norm(backbone):
 
 
 def test_quantized_backbone(paths, tmp_path):
-    """The features of an int8 CNN are cached like others, and those of other weights apart."""
+    """The features of an int8 CNN are cached, separately for other weights."""
     for seed in (0, 1):
         torch.manual_seed(seed)
         encoder = EncoderCNN(16, "quantized_shufflenet_v2_x0_5", None, precision="float32")
@@ -213,7 +213,7 @@ class Squared(EncoderCNN):
 
 
 def test_custom_transform_or_encoder(extract, paths):
-    """A custom transform or encoder never gets the features of another that looks the same."""
+    """Transforms or encoders that differ only in their code never share features."""
     custom = v2.Compose([v2.Lambda(partial(grey, min_size=64)), *transform.transforms[1:]])
     assert repr(custom) == repr(transform)
     usual = extract(paths).features[:]
@@ -341,7 +341,7 @@ def test_bad_images_are_an_error(extract, paths, small_shards):
 
 @pytest.mark.parametrize("skip_bad", [True, False])
 def test_image_that_recovers(encoder, extract, paths, monkeypatch, skip_bad):
-    """An image that could not be read, once, is encoded as soon as it can be read."""
+    """An image that was temporarily unreadable is encoded by the next call that can read it."""
     original, failing = Image.open, [paths[5]]
 
     def fail_once(file):

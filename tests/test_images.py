@@ -57,7 +57,7 @@ def test_integers_and_floats(dtype, white):
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3)])
 def test_long_and_thin_image(tmp_path, size):
-    """An image so long and thin that resizing it would take gigabytes counts as unreadable."""
+    """An image too long and thin to be resized without gigabytes of memory is unreadable."""
     with pytest.raises(BadImageError, match=f"line.png.*{size[0]} x {size[1]}"):
         load_image(saved(Image.new("RGB", size), tmp_path / "line.png"))
 

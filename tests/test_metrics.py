@@ -104,7 +104,7 @@ def test_perplexity_of_a_uniform_model():
 
 
 def test_perplexity_without_tokens():
-    """Perplexity over no word at all is an error."""
+    """A perplexity without target tokens is an error."""
     with pytest.raises(ValueError, match="at least one"):
         perplexity(0.0, 0)
 

@@ -1,6 +1,6 @@
 """The decoder under teacher forcing, checkpoints, and captions of images.
 
-The CNN has its own file, test_backbones.py, and so has decoding, test_decoding.py.
+The CNN is tested in test_backbones.py, decoding in test_decoding.py.
 """
 
 import functools
@@ -148,9 +148,9 @@ def test_overfit_one_batch(photos, inject, precision):
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 def test_dropout(p):
-    """A share p of the elements, to 1/256, becomes 0; the others are scaled so that the mean stays.
+    """A fraction p of the elements, rounded to 1/256, becomes 0; scaling preserves the mean.
 
-    The bars are 6 standard deviations.
+    The tolerances are 6 standard deviations.
     """
     torch.manual_seed(0)
     x = torch.ones(400, 250, requires_grad=True)
@@ -194,7 +194,7 @@ def test_checkpoint_round_trip(checkpoint, model, photos):
 
 
 def test_old_checkpoint(photos, tmp_path):
-    """A checkpoint of the first format, with other names of options, is loaded and exported."""
+    """A checkpoint in the first format, with other option names, is loaded and exported."""
     model, _ = overfitted(tuple(photos), flip=True)
     content = model.checkpoint()
     config = content["config"] | {"words": content.pop("words"), "mirror": True, "blind": False}
@@ -361,9 +361,9 @@ def test_converted_model(model, photos):
 def test_no_image(photos, tmp_path):
     """Without the image, all images get the same caption, also from a checkpoint."""
     model, _ = overfitted(tuple(photos))
-    blind = deepcopy(model)
-    blind.config.no_image = True
-    save(blind.checkpoint(), tmp_path / "best.pt")
+    no_image = deepcopy(model)
+    no_image.config.no_image = True
+    save(no_image.checkpoint(), tmp_path / "best.pt")
     loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt")
     assert len(set(loaded.caption(photos))) == 1 < len(set(model.caption(photos)))
 
