@@ -32,13 +32,13 @@ class TrainConfig(ModelConfig):
     weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
-    epochs: int = 10  # passes over all training captions
+    epochs: int = 12  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
     learning_rate: float = 2e-3  # maximum of a one-cycle schedule (AdamW)
     weight_decay: float = 0.01  # of weight matrices; biases and embeddings do not decay
     grad_clip: float = 5.0  # maximum norm of the gradient
-    patience: int = 4  # stop after so many epochs without improvement
+    patience: int = 4  # stop after this number of epochs without improvement
     best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
     init_from: str | None = None  # checkpoint whose weights the run starts from
     seed: int = 0  # of initialization, data order and dropout
@@ -46,11 +46,11 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     num_workers: int = 0  # processes that load images
     cache_dir: str = "runs/cache"  # folder for the features of the frozen CNN
-    skip_bad_images: bool = False  # leave out images that cannot be read, and list them
+    skip_bad_images: bool = False  # exclude unreadable images and list them
     overwrite: bool = False  # start again in a folder that contains an earlier run
     resume: bool = False  # continue from last.pt in --out, if it exists
     deterministic: bool = False  # bit-identical results on a GPU too, slower there
-    save_every: int = 0  # also save after every so many batches; 0: after epochs only
+    save_every: int = 0  # also save every N batches; 0: only after epochs
 
     def __post_init__(self):
         if str(self.weights).lower() == "none":
@@ -107,7 +107,8 @@ def parse_args(arguments=None) -> TrainConfig:
     for field in fields(TrainConfig):
         options = {"help": texts[field.name], "choices": CHOICES.get(field.name)}
         if field.type in (bool, "bool"):
-            options = {"help": texts[field.name], "action": "store_true"}
+            action = argparse.BooleanOptionalAction if field.default else "store_true"
+            options = {"help": texts[field.name], "action": action, "default": field.default}
         elif field.default is MISSING:
             options["required"] = True
         else:
@@ -120,6 +121,6 @@ def parse_args(arguments=None) -> TrainConfig:
 def field_comments(config_class) -> dict[str, str]:
     """The comment behind each field of a dataclass in the source: its help text."""
     lines = inspect.getsource(config_class).split("\n")
-    fields_ = [node for node in ast.parse("\n".join(lines)).body[0].body
+    nodes = [node for node in ast.parse("\n".join(lines)).body[0].body
                if isinstance(node, ast.AnnAssign)]  # fmt: skip
-    return {node.target.id: re.search(r"#\s*(.*)", lines[node.lineno - 1])[1] for node in fields_}
+    return {node.target.id: re.search(r"#\s*(.*)", lines[node.lineno - 1])[1] for node in nodes}

@@ -19,6 +19,8 @@ import torch
 
 from vocabulary import END, PAD, START, UNK
 
+LENGTH_PENALTY = 1.0  # captions are compared by their mean log-probability per token
+
 
 class Decoded(NamedTuple):
     """Generated captions; with `n_best`, each field has a dimension of that size after B."""
@@ -29,8 +31,28 @@ class Decoded(NamedTuple):
     scores: torch.Tensor  # (B,) sum of log_probs / length ** length_penalty
 
 
+def generate(decoder, memory, beam_size=1, max_len=20, temperature=0.0, top_k=None,
+             length_penalty=LENGTH_PENALTY, n_best=None, generator=None) -> Decoded:  # fmt: skip
+    """Captions by `beam_search` (a beam of 1 is greedy decoding), or by `sample` if a temperature
+    above 0 is given.
+
+    Raises ValueError for options that contradict each other, or if the model computes NaN.
+    """
+    if not temperature >= 0:
+        raise ValueError("temperature must be at least 0")
+    if temperature and (beam_size > 1 or n_best):
+        raise ValueError("a temperature samples words: it cannot be combined with a beam")
+    if top_k is not None and not temperature:
+        raise ValueError("top_k restricts sampling: it requires a temperature above 0")
+    if temperature:
+        return sample(decoder, memory, max_len, temperature, top_k, generator)
+    return beam_search(decoder, memory, beam_size, max_len, length_penalty, n_best)
+
+
 @torch.no_grad()
-def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=0.7, n_best=None):
+def beam_search(
+    decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_PENALTY, n_best=None
+):
     """The most probable captions found by a beam search over all images at once.
 
     A beam holds the `beam_size` most probable prefixes of an image. A caption that ends leaves the

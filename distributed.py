@@ -50,8 +50,8 @@ def _fresh_store():
 
     torchrun's store outlives the worker processes. After a restart, workers would read there the
     addresses of killed ones, and fail or wait (pytorch/pytorch#135712). Therefore rank 0 chooses a
-    new prefix at each start. The other ranks ask for it with a token of their own, so that the
-    answer can only come from the rank 0 of the same start.
+    new prefix at each start. The other ranks request it with a unique token, so that they
+    cannot read the answer of an earlier start.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
     token = uuid.uuid4().hex
@@ -90,6 +90,7 @@ def _exit_together(store, world_size):
 
 
 def rank_and_world_size() -> tuple[int, int]:
+    """(rank, world_size); (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -125,10 +126,10 @@ def gather(item) -> list:
 
 def interleave(parts) -> list:
     """The inverse of slicing a list with `[rank::world_size]` for each rank."""
-    whole = [None] * sum(map(len, parts))
+    merged = [None] * sum(map(len, parts))
     for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
+        merged[rank :: len(parts)] = part
+    return merged
 
 
 def wrap_ddp(module):
@@ -182,7 +183,7 @@ def use_deterministic_algorithms():
 
 
 def autocast(device, precision="auto"):
-    """torch.autocast in the precision that the policy selects; no effect for float32."""
+    """torch.autocast in the precision selected by `resolve_precision`; no effect for float32."""
     enabled = resolve_precision(device, precision) == "bfloat16"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
@@ -216,7 +217,7 @@ def resolve_precision(device, precision="auto") -> str:
 
 @functools.cache
 def _lstm_supports_bfloat16(device_type) -> bool:
-    """Tested with a tiny LSTM: some CPUs have bfloat16 matrix products but no bfloat16 LSTM."""
+    """Whether a tiny LSTM runs: some CPUs have bfloat16 matrix products but no bfloat16 LSTM."""
     try:
         # The first call may be in a context without gradients, and the result is kept.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():

@@ -54,7 +54,7 @@ def evaluate_loss(model, loader) -> tuple[float, int]:
 def caption_images(model, loader, beam_size=3, **options) -> list[str]:
     """A generated caption for every image of an `image_loader`, in order.
 
-    `options` are those of `DecoderRNN.sample`.
+    `options` are those of `decoding.generate`.
     """
     precomputed, captions = loader.dataset.features is not None, []
     for images, _ in loader:

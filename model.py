@@ -40,14 +40,15 @@ class ModelConfig:
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
     embed_size: int = 256  # size of the word and image embeddings
+    image_norm: bool = True  # layer normalization of the image embedding
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
-    dropout: float = 0.3  # on the word embeddings and the LSTM outputs
+    dropout: float = 0.2  # on the word embeddings and the LSTM outputs
     inject: str = "par"  # how the image enters the LSTM: par, pre or init
     precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
 
-C = ModelConfig  # its defaults are those of the classes below, too
+DEFAULTS = ModelConfig  # also the defaults of the classes below
 
 
 @contextlib.contextmanager
@@ -66,12 +67,12 @@ def eval_mode(module):
 
 
 class EncoderCNN(nn.Module):
-    """A pre-trained CNN without its classifier, followed by a trainable linear layer.
+    """A pre-trained CNN without its classifier, a trainable linear layer, and layer normalization.
 
     Arguments are those of `ModelConfig`, and:
 
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
-    pooled: whether features are pooled over the image, or given for each position of the last map.
+    pooled: return one feature vector per image; otherwise one per position of the last feature map.
 
     Unless `fine_tune` is set, the CNN is frozen: it has no gradients and stays in eval mode
     whatever `train()` is called with, so that BatchNorm neither uses nor updates batch statistics.
@@ -80,9 +81,10 @@ class EncoderCNN(nn.Module):
     weights cannot be downloaded.
     """
 
-    def __init__(self, embed_size=C.embed_size, backbone=C.backbone, weights="DEFAULT",
-                 fine_tune=C.fine_tune, image_size=C.image_size, flip=C.flip, no_image=C.no_image,
-                 precision=C.precision, pooled=True):  # fmt: skip
+    def __init__(self, embed_size=DEFAULTS.embed_size, backbone=DEFAULTS.backbone,
+                 weights="DEFAULT", fine_tune=DEFAULTS.fine_tune, image_size=DEFAULTS.image_size,
+                 flip=DEFAULTS.flip, no_image=DEFAULTS.no_image, precision=DEFAULTS.precision,
+                 image_norm=DEFAULTS.image_norm, pooled=True):  # fmt: skip
         super().__init__()
         network = build_backbone(backbone, weights, pooled, image_size)
         # Convolutions are fastest in channels-last memory format, on CPUs and GPUs.
@@ -98,6 +100,7 @@ class EncoderCNN(nn.Module):
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"{backbone} rejects images of size {image_size}: {error}") from None
         self.linear = nn.Linear(self.feature_size, embed_size)
+        self.norm = nn.LayerNorm(embed_size) if image_norm else nn.Identity()
         self.train()
 
     def train(self, mode=True):
@@ -111,9 +114,9 @@ class EncoderCNN(nn.Module):
         return self.project(self.forward_features(images))
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> (B, P, feature_size): P is 1 (pooled), or the positions of the last map.
+        """(B, 3, H, W) -> (B, P, feature_size).
 
-        With a frozen CNN these are constant, and can be computed once per image (features.py).
+        P is 1 if pooled, otherwise the number of positions in the last feature map. With a frozen CNN these are constant, and can be computed once per image (features.py).
         """
         if self.quantized and images.device.type != "cpu":
             raise ValueError("a quantized backbone runs on the CPU only (use --device cpu)")
@@ -126,9 +129,9 @@ class EncoderCNN(nn.Module):
         return features.flatten(2).transpose(1, 2)  # (B, H*W, C)
 
     def project(self, features):
-        """(B, P, feature_size) -> (B, embed_size), the linear layer on the mean over P."""
+        """(B, P, feature_size) -> (B, embed_size), the projected mean over P."""
         features = features.mean(1)  # (B, C)
-        return self.linear(torch.zeros_like(features) if self.no_image else features)
+        return self.norm(self.linear(torch.zeros_like(features) if self.no_image else features))
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -147,16 +150,18 @@ class DecoderRNN(nn.Module):
     and `<end>` is predicted, and `<start>` never is.
     """
 
-    def __init__(self, embed_size, hidden_size, vocab_size, num_layers=C.num_layers,
-                 dropout=C.dropout, inject=C.inject):  # fmt: skip
+    def __init__(self, embed_size, hidden_size, vocab_size, num_layers=DEFAULTS.num_layers,
+                 dropout=DEFAULTS.dropout, inject=DEFAULTS.inject):  # fmt: skip
         super().__init__()
         if inject not in INJECT_MODES:
             raise ValueError(f"unknown inject mode {inject!r}; choose from {INJECT_MODES}")
         self.inject = inject
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
         input_size = 2 * embed_size if inject == "par" else embed_size
-        between = dropout if num_layers > 1 else 0.0
-        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
+        lstm_dropout = dropout if num_layers > 1 else 0.0
+        self.lstm = nn.LSTM(
+            input_size, hidden_size, num_layers, batch_first=True, dropout=lstm_dropout
+        )
         self.dropout = Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         for name, bias in self.lstm.named_parameters():
@@ -206,41 +211,27 @@ class DecoderRNN(nn.Module):
         hidden, state = self.lstm(self.embed(tokens.unsqueeze(1), features), state)
         return self.linear(self.dropout(hidden.squeeze(1))), state
 
-    def sample(self, features, beam_size=1, max_len=20, temperature=0.0, top_k=None,
-               length_penalty=0.7, n_best=None, generator=None) -> decoding.Decoded:  # fmt: skip
-        """Generate captions: (B, embed_size) -> `decoding.Decoded`.
-
-        With a temperature above 0, words are sampled (`decoding.sample`); otherwise captions are
-        searched with a beam (`decoding.beam_search`; a beam of 1 is greedy decoding). Raises
-        ValueError for options that contradict each other, or if the model computes NaN.
-        """
-        if not temperature >= 0:
-            raise ValueError("temperature must be at least 0")
-        if temperature and (beam_size > 1 or n_best):
-            raise ValueError("a temperature samples words: it cannot be combined with a beam")
-        if top_k is not None and not temperature:
-            raise ValueError("top_k restricts sampling: it requires a temperature above 0")
+    def sample(self, features, beam_size=1, max_len=20, **options) -> decoding.Decoded:
+        """Generate captions in eval mode; `options` are those of `decoding.generate`."""
         with eval_mode(self):
-            if temperature:
-                return decoding.sample(self, features, max_len, temperature, top_k, generator)
-            return decoding.beam_search(self, features, beam_size, max_len, length_penalty, n_best)
+            return decoding.generate(self, features, beam_size, max_len, **options)
 
 
-# ---------------------------------------------------------------------------- both
+# ---------------------------------------------------------------------------- captioning model
 
 
 class CaptionModel(nn.Module):
     """Encoder, decoder and vocabulary: everything that is needed to caption an image."""
 
     def __init__(self, words, config: ModelConfig | None = None, weights="DEFAULT"):
-        """words: those of the vocabulary. weights: of the backbone, as in `EncoderCNN`."""
+        """words: the words of the vocabulary. weights: of the backbone, as in `EncoderCNN`."""
         super().__init__()
         self.config = c = config or ModelConfig()
         self.vocab = Vocabulary(words)
         self.transform = eval_transform(c.image_size)
         self.encoder = EncoderCNN(
             c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
-            c.precision,
+            c.precision, c.image_norm,
         )  # fmt: skip
         self.decoder = DecoderRNN(
             c.embed_size, c.hidden_size, len(self.vocab), c.num_layers, c.dropout, c.inject
@@ -258,7 +249,7 @@ class CaptionModel(nn.Module):
 
         precision: override that of the checkpoint.
 
-        Raises FileNotFoundError, or ValueError for a damaged file or one of something else.
+        Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint.
         """
         checkpoint = load_safely(path)
         try:
@@ -271,7 +262,7 @@ class CaptionModel(nn.Module):
                 f"{path} is not a checkpoint of this model ({type(error).__name__}: "
                 f"{str(error)[:300]}); train.py writes best.pt and last.pt"
             ) from None
-        resolve_precision(device, config.precision)  # an unsupported one is an error now, not later
+        resolve_precision(device, config.precision)  # fail now, not at the first image
         return model.to(device).eval()
 
     @property
@@ -291,7 +282,7 @@ class CaptionModel(nn.Module):
         return self.decoder(self.encoder(images), captions)
 
     def generate(self, images, precomputed=False, **options) -> decoding.Decoded:
-        """Captions of a batch as token ids; `options` are those of `DecoderRNN.sample`."""
+        """Captions of a batch as token ids; `options` are those of `decoding.generate`."""
         with eval_mode(self), self.autocast():
             images = images.to(self.decoder.linear.weight)  # device, and dtype of a converted model
             return self.decoder.sample(self.encode(images, precomputed), **options)
@@ -305,7 +296,7 @@ class CaptionModel(nn.Module):
     def caption(self, images, beam_size=None, max_len=20, batch_size=32, **options) -> list:
         """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.
 
-        `options` are those of `DecoderRNN.sample`; the beam size is 3 unless a temperature is
+        `options` are those of `decoding.generate`; the beam size is 3 unless a temperature is
         given. With `n_best`, returns a list of strings per image. Raises BadImageError.
         """
         images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)

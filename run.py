@@ -122,15 +122,18 @@ def build_loaders(config, model, train_data, val_data):
     exclude_bad_images([train_data, val_data], [train_bad, val_bad], config.skip_bad_images)
     train_data, val_data = train_data.without(train_bad), val_data.without(val_bad)
     rank, world_size = rank_and_world_size()
-    options = {
-        "batch_size": config.batch_size, "cache_dir": config.cache_dir, "rank": rank,
-        "world_size": world_size, "num_workers": config.num_workers if config.fine_tune else 0,
-    }  # fmt: skip
+    options = {"cache_dir": config.cache_dir, "rank": rank, "world_size": world_size}
+    batch_size = config.batch_size
+    if config.fine_tune:  # every image once per batch with all its captions
+        options["num_workers"] = config.num_workers
+        per_image = len(train_data.all_captions) / len(train_data)
+        batch_size = max(round(config.batch_size / per_image), world_size)
     return (
         train_loader(train_data, model.vocab, transform=train_transform(config.image_size),
-                     features=train_features, seed=config.seed, **options),
+                     features=train_features, seed=config.seed, batch_size=batch_size,
+                     group_images=config.fine_tune, **options),
         val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
-                   **options),
+                   batch_size=config.batch_size, **options),
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def ctrl_c():
 
 
 def interrupt_at(monkeypatch, config, epoch, interrupt=ctrl_c):
-    """Call `interrupt` in an optimizer step after so many epochs."""
+    """Call `interrupt` in an optimizer step after `epoch` epochs."""
 
     def interrupting(progress):
         if progress * config.epochs >= epoch:

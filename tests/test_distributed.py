@@ -11,10 +11,8 @@ import pytest
 import torch
 from conftest import command_line, tiny_config
 
-import distributed
 from checkpoint import load_safely
-from distributed import autocast, interleave, resolve_precision
-from model import DecoderRNN
+from distributed import interleave, resolve_precision
 from train import main
 
 # ---------------------------------------------------------------------------- two processes

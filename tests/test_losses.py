@@ -30,7 +30,7 @@ def test_loss_counts_words_and_end(model, features):
     """The loss is the sum of -log p over all words and `<end>`, without `<start>` and `<pad>`."""
     nll, tokens = TeacherForcing(model, precomputed=True)(features, CAPTIONS)
     naive, expected = NaiveDecoder(model.decoder), []
-    embedded = model.encoder.linear(features.squeeze(1)).detach().numpy()
+    embedded = model.encoder.project(features).detach().numpy()
     for feature, caption in zip(embedded, CAPTIONS.tolist(), strict=True):
         logits = naive.teacher_forcing(feature, caption)
         expected += [-log_softmax(row)[word] for row, word in zip(logits, caption[1:], strict=True)

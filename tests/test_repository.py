@@ -89,7 +89,7 @@ def imports(path):
 
 
 def test_import_graph():
-    """Every module imports only modules that it may import, and there is no circle."""
+    """Every module imports only modules that it may import, and there is no cycle."""
     assert set(MAY_IMPORT) == set(MODULES)
     for index, (module, allowed) in enumerate(MAY_IMPORT.items()):
         assert set(allowed) <= set(list(MAY_IMPORT)[:index]), f"{module} is too high in the list"

@@ -97,7 +97,11 @@ def test_weight_decay(dataset):
     fit(run)
     left = math.prod(1 - 0.5 * 0.1 * schedule((i + 1) / (2 * steps)) for i in range(2 * steps))
     assert left < 0.9
-    kept = {name for name in trained if "bias" in name or name == "decoder.embedding.weight"}
+    kept = {
+        name
+        for name in trained
+        if "bias" in name or "norm" in name or name == "decoder.embedding.weight"
+    }
     assert {"decoder.lstm.bias_hh_l0", "decoder.linear.bias", "encoder.linear.bias"} <= kept
     for name, parameter in trained.items():
         expected = before[name] * (1 if name in kept else left)
