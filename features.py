@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -146,14 +147,19 @@ def forward_batch(encoder, images, device):
 
 
 def optimized_for_inference(encoder):
-    """A copy in eval mode that computes the same function faster.
+    """A copy in eval mode that computes the same function faster, within `autocast`.
 
-    torchvision's quantized networks have no BatchNorm left to fold, and remain as they are.
+    In bfloat16, weights are converted here instead of by autocast in every batch: 7 % more images
+    per second with ResNet50 on a CPU. torchvision's quantized networks remain as they are.
     """
     if encoder.quantized:
         return encoder
     encoder = copy.deepcopy(encoder).eval()
     encoder.backbone = fold_batch_norm(encoder.backbone)
+    if resolve_precision(encoder.linear.weight.device, encoder.precision) == "bfloat16":
+        for layer in encoder.backbone.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(torch.bfloat16)
     return encoder
 
 
@@ -276,7 +282,7 @@ def reuse_freed_memory():
     """Keep up to a gigabyte of freed memory in this process, instead of returning it to Linux.
 
     glibc returns large freed blocks to the system, which clears them when the next layer allocates
-    memory: about a tenth of a CNN's time on a CPU. The thresholds are described in mallopt(3);
+    memory: 3 to 5 % of a CNN's time on a CPU. The thresholds are described in mallopt(3);
     afterwards they are the largest that malloc would choose by itself. No effect with another C
     library.
     """

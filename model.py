@@ -116,7 +116,8 @@ class EncoderCNN(nn.Module):
     def forward_features(self, images):
         """(B, 3, H, W) -> (B, P, feature_size).
 
-        P is 1 if pooled, otherwise the number of positions in the last feature map. With a frozen CNN these are constant, and can be computed once per image (features.py).
+        P is 1 if pooled, otherwise the number of positions in the last feature map. With a frozen
+        CNN the features are constant, and can be computed once per image (features.py).
         """
         if self.quantized and images.device.type != "cpu":
             raise ValueError("a quantized backbone runs on the CPU only (use --device cpu)")

@@ -303,7 +303,7 @@ def classic_decoding(beam_size, setting):
     @torch.no_grad()
     def run(count):
         for row in features[:count].astype(np.float32):  # (1, feature_size)
-            feature = model.encoder.project(torch.from_numpy(row)[None].to(setting.device))[0]
+            feature = model.encoder.project(torch.from_numpy(row)[None].to(setting.device))
             model.vocab.decode(search(decoder, feature))
         return count
 
