@@ -57,10 +57,9 @@ def load_safely(path, map_location="cpu"):
 def config_and_words(checkpoint) -> tuple[dict, list[str]]:
     """(config, words) of a checkpoint, in the current format or the first one.
 
-    The first format has the words inside the config, other names for two options, and no
-    normalization of the image embedding.
+    The first format has the words inside the config, and other names for two options.
     """
-    config = {"image_norm": False} | checkpoint["config"]
+    config = dict(checkpoint["config"])
     if "words" not in config:
         return config, checkpoint["words"]
     renamed = {"mirror": "flip", "blind": "no_image"}

@@ -32,7 +32,7 @@ class TrainConfig(ModelConfig):
     weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
-    epochs: int = 12  # passes over all training captions
+    epochs: int = 10  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
     learning_rate: float = 2e-3  # maximum of a one-cycle schedule (AdamW)
@@ -107,8 +107,7 @@ def parse_args(arguments=None) -> TrainConfig:
     for field in fields(TrainConfig):
         options = {"help": texts[field.name], "choices": CHOICES.get(field.name)}
         if field.type in (bool, "bool"):
-            action = argparse.BooleanOptionalAction if field.default else "store_true"
-            options = {"help": texts[field.name], "action": action, "default": field.default}
+            options = {"help": texts[field.name], "action": "store_true"}
         elif field.default is MISSING:
             options["required"] = True
         else:

@@ -40,10 +40,10 @@ class ModelConfig:
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
     embed_size: int = 256  # size of the word and image embeddings
-    image_norm: bool = True  # layer normalization of the image embedding
+    image_norm: bool = False  # layer normalization of the image embedding
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
-    dropout: float = 0.2  # on the word embeddings and the LSTM outputs
+    dropout: float = 0.3  # on the word embeddings and the LSTM outputs
     inject: str = "par"  # how the image enters the LSTM: par, pre or init
     precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
@@ -67,7 +67,7 @@ def eval_mode(module):
 
 
 class EncoderCNN(nn.Module):
-    """A pre-trained CNN without its classifier, a trainable linear layer, and layer normalization.
+    """A pre-trained CNN without its classifier, followed by a trainable linear layer.
 
     Arguments are those of `ModelConfig`, and:
 

@@ -122,9 +122,7 @@ def command_line(config):
 def flag(name, value):
     """An option as command-line arguments."""
     name = "--" + name.replace("_", "-")
-    if not isinstance(value, bool):
-        return [name, str(value)]
-    return [name] if value else ["--no" + name[1:]] if name == "--image-norm" else []
+    return [name] * value if isinstance(value, bool) else [name, str(value)]
 
 
 @pytest.fixture
