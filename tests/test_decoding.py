@@ -43,7 +43,7 @@ def language_models(decoder, features):
     return [naive.language_model(image) for image in features.numpy()]
 
 
-def assert_equal(decoded, searches, length_penalty=1.0):
+def assert_equal(decoded, searches, length_penalty=0.7):
     """All fields of `decoded` are those of (hypotheses, margin), for each image.
 
     Images whose margin is close to rounding are left out; they must be few.
@@ -127,7 +127,7 @@ def test_fewer_captions_than_n_best(vocab_size, captions):
     """If fewer than n captions exist, the last entries are padding with the score -inf."""
     decoder, features = random_decoder(21, vocab_size=vocab_size)  # no word but <end>, or one
     decoded = decoder.sample(features, beam_size=50, max_len=3, n_best=6)
-    searches = [beam_search(m, 50, 3, 1.0, 6) for m in language_models(decoder, features)]
+    searches = [beam_search(m, 50, 3, 0.7, 6) for m in language_models(decoder, features)]
     assert {len(hypotheses) for hypotheses, _ in searches} == {captions}
     assert_equal(decoded, searches)
 
@@ -156,7 +156,7 @@ def test_any_decoder():
         )
 
     decoded = decoding.beam_search(Bigrams(table), memory, beam_size=4, max_len=6, n_best=3)
-    assert_equal(decoded, [beam_search(model(image), 4, 6, 1.0, 3) for image in memory])
+    assert_equal(decoded, [beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
 
 
 # ---------------------------------------------------------------------------- sampling
