@@ -43,7 +43,7 @@ class ModelConfig:
     image_norm: bool = False  # layer normalization of the image embedding
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
-    dropout: float = 0.3  # on the word embeddings and the LSTM outputs
+    dropout: float = 0.2  # on the word embeddings and the LSTM outputs
     inject: str = "par"  # how the image enters the LSTM: par, pre or init
     precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
