@@ -83,7 +83,7 @@ class TrainConfig(ModelConfig):
 PRESETS = {
     "synthetic": {
         "backbone": "mobilenet_v3_small", "weights": "synthetic_encoder.pt", "image_size": 96,
-        "embed_size": 128, "hidden_size": 256, "dropout": 0.0, "epochs": 6, "batch_size": 32,
+        "embed_size": 128, "hidden_size": 256, "dropout": 0.0, "epochs": 8, "batch_size": 32,
         "grad_accum_steps": 1, "learning_rate": 3e-3,
     },
 }  # fmt: skip
