@@ -13,8 +13,12 @@ from dataclasses import MISSING, dataclass, fields
 from distributed import PRECISIONS
 from model import INJECT_MODES, ModelConfig
 
-CHOICES = {"precision": PRECISIONS, "inject": INJECT_MODES, "best_by": ("loss", "cider")}
-AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "epochs", "batch_size",
+CHOICES = {
+    "precision": PRECISIONS,
+    "inject": (*INJECT_MODES, "attend"),
+    "best_by": ("loss", "cider"),
+}
+AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads", "epochs", "batch_size",
               "grad_accum_steps", "min_word_freq")  # fmt: skip
 AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "seed")
 ABOVE_0 = ("learning_rate", "grad_clip")
@@ -61,7 +65,7 @@ class TrainConfig(ModelConfig):
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
             (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
             (ABOVE_0, lambda x: x > 0, "greater than 0"),
-            (("dropout",), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+            (("dropout", "feature_dropout"), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
             (("seed",), lambda x: x < 2**32, "less than 2**32"),
         ):
             for name in names:
@@ -74,6 +78,16 @@ class TrainConfig(ModelConfig):
                 )
         if self.no_image and self.fine_tune:
             raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
+
+    @property
+    def group_images(self) -> bool:
+        """Whether a training batch contains images with all their captions, each image once."""
+        return self.inject == "attend" or self.fine_tune
+
+    @property
+    def batches_per_update(self) -> int:
+        """Batches per optimizer step; one grouped by image contains all captions of the step."""
+        return 1 if self.group_images else self.grad_accum_steps
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})

@@ -231,13 +231,16 @@ def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, s
 
 
 def val_loader(data, vocab, *, transform=None, features=None, batch_size=64, num_workers=0,
-               rank=0, world_size=1, cache_dir=None):  # fmt: skip
+               rank=0, world_size=1, cache_dir=None, group_images=False):  # fmt: skip
     """(images, captions, lengths): every caption once, in a fixed order of similar lengths.
 
-    Each rank gets every `world_size`-th batch.
+    Each rank gets every `world_size`-th batch. With `group_images`, the order is that of the
+    images, each of which is loaded once, and a batch has an index too, see `CaptionDataset`.
     """
-    dataset = CaptionDataset(data, vocab, transform, features, cache_dir)
+    dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images)
     order = np.argsort(dataset.lengths, kind="stable")
+    if group_images:
+        order = np.arange(len(dataset))
     batches = np.split(order, range(batch_size, len(order), batch_size))[rank::world_size]
     return _loader(dataset, batches, num_workers)
 

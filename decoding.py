@@ -81,7 +81,7 @@ def beam_search(
     for length in range(1, max_len + 1):
         k = tokens.size(1)
         rows = image.repeat_interleave(k)  # (A*K,)
-        logits, state = decoder.step(tokens.flatten(), state, memory[rows])
+        logits, state, _ = decoder.step(tokens.flatten(), state, memory[rows])
         log_probs = _mask_and_normalize(logits).view(-1, k, logits.size(1))  # (A, K, V)
         beam, tokens, parent = beam.extend(log_probs, beam_size, length)
 
@@ -120,7 +120,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=N
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     tokens, log_probs = [], []
     for _ in range(max_len):
-        logits, state = decoder.step(last, state, memory)
+        logits, state, _ = decoder.step(last, state, memory)
         distribution = _mask_and_normalize(logits)  # (B, V)
         last = _sample_words(distribution, temperature, top_k, generator).masked_fill(ended, PAD)
         chosen = distribution.gather(1, last.unsqueeze(1)).squeeze(1)

@@ -30,7 +30,8 @@ from features import extract_features
 from files import atomic_write
 from losses import TeacherForcing
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
-from model import CaptionModel, eval_mode
+from layers import eval_mode
+from model import CaptionModel
 from vocabulary import TOKENIZER, tokenize
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}

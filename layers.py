@@ -1,4 +1,6 @@
-"""Layers of the decoder."""
+"""Building blocks of the models."""
+
+import contextlib
 
 import torch
 from torch import nn
@@ -19,3 +21,15 @@ class Dropout(nn.Dropout):
         bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = bits.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
         return x * mask.to(x.dtype).mul_(256 / (256 - threshold))
+
+
+@contextlib.contextmanager
+def eval_mode(module):
+    """Put `module` in evaluation mode without gradients; afterwards restore its mode."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)

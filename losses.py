@@ -8,6 +8,8 @@ from torch import nn
 
 from vocabulary import PAD
 
+CHUNK_SIZE = 64  # captions per call of the decoder, in batches that are grouped by image
+
 
 class TeacherForcing(nn.Module):
     """Negative log-likelihood of a batch of captions, given images and the preceding words.
@@ -26,19 +28,36 @@ class TeacherForcing(nn.Module):
         captions: (B, T) on the CPU, as a loader returns them. The targets are all words and
         `<end>`; the vocabulary projection and the loss are computed for these alone, not for
         padding. image_index: (B,), the row of `images` that belongs to each caption; None: the same
-        row. `lengths` is accepted so that a batch of a loader can be passed as it is, and not used.
+        row. With it, a batch contains captions of all lengths: after the images have been encoded,
+        each once, it is processed in chunks of captions of similar length.
+        lengths: (B,) of the captions; None: counted.
         """
         device = self.model.device
-        positions, targets = real_targets(captions)  # on the CPU: nonzero() would synchronize a GPU
-        positions, targets = (x.to(device, non_blocking=True) for x in (positions, targets))
-        images, captions = (x.to(device, non_blocking=True) for x in (images, captions))
+        chunks = [slice(None)]
+        if lengths is None:
+            lengths = captions.ne(PAD).sum(1)
+        if image_index is not None:
+            chunks = lengths.argsort().split(CHUNK_SIZE)
+            image_index = image_index.to(device, non_blocking=True)
         with self.model.autocast():
-            features = self.model.encode(images, self.precomputed)
-            if image_index is not None:
-                features = features.index_select(0, image_index.to(device, non_blocking=True))
-            logits = self.model.decoder(features, captions, positions).float()  # (N, vocab_size)
-            nll = F.cross_entropy(logits, targets, reduction="sum")
-        return nll, nll.new_tensor(len(targets))
+            memory = self.model.encode(images.to(device, non_blocking=True), self.precomputed)
+            results = [
+                self.nll(memory, captions[rows, : lengths[rows].max()],
+                         None if image_index is None else image_index[rows.to(device)])
+                for rows in chunks
+            ]  # fmt: skip
+        nll, tokens = map(sum, zip(*results, strict=True))
+        return nll, nll.new_tensor(tokens)
+
+    def nll(self, memory, captions, image_index):
+        """(negative log-likelihood, number of targets) of captions (B, T)."""
+        device = memory.device
+        positions, targets = real_targets(captions)  # on the CPU: nonzero() would synchronize a GPU
+        positions, targets, captions = (
+            x.to(device, non_blocking=True) for x in (positions, targets, captions)
+        )
+        logits = self.model.decoder(memory, captions, positions, image_index)  # (N, vocab_size)
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
 
 
 def real_targets(captions):

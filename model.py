@@ -11,7 +11,6 @@ The model is that of Show and Tell (Vinyals et al., 2015, arXiv:1411.4555). Tant
 arXiv:1703.09137) compare the ways in which the image can enter the LSTM.
 """
 
-import contextlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,14 +19,15 @@ from PIL import Image
 from torch import nn
 
 import decoding
+from attention import AttentionDecoder
 from backbones import build_backbone, is_quantized
 from checkpoint import config_and_words, load_safely
 from distributed import autocast, resolve_precision
 from images import eval_transform
-from layers import Dropout
+from layers import Dropout, eval_mode
 from vocabulary import PAD, Vocabulary
 
-INJECT_MODES = ("pre", "par", "init")
+INJECT_MODES = ("pre", "par", "init")  # of `DecoderRNN`
 
 
 @dataclass(kw_only=True)
@@ -44,23 +44,13 @@ class ModelConfig:
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
     dropout: float = 0.2  # on the word embeddings and the LSTM outputs
-    inject: str = "par"  # how the image enters the LSTM: par, pre or init
+    feature_dropout: float = 0.0  # on the features of the CNN
+    inject: str = "par"  # how the image enters the LSTM: par, pre, init or attend
+    num_heads: int = 8  # attention heads (of inject attend)
     precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
 
 DEFAULTS = ModelConfig  # also the defaults of the classes below
-
-
-@contextlib.contextmanager
-def eval_mode(module):
-    """Put `module` in evaluation mode without gradients; afterwards restore its mode."""
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(was_training)
 
 
 # ---------------------------------------------------------------------------- encoder
@@ -72,7 +62,8 @@ class EncoderCNN(nn.Module):
     Arguments are those of `ModelConfig`, and:
 
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
-    pooled: return one feature vector per image; otherwise one per position of the last feature map.
+    pooled: return one embedding per image; otherwise, for `AttentionDecoder`, a key and a value, each
+        of embed_size, for every position of the last feature map.
 
     Unless `fine_tune` is set, the CNN is frozen: it has no gradients and stays in eval mode
     whatever `train()` is called with, so that BatchNorm neither uses nor updates batch statistics.
@@ -84,7 +75,8 @@ class EncoderCNN(nn.Module):
     def __init__(self, embed_size=DEFAULTS.embed_size, backbone=DEFAULTS.backbone,
                  weights="DEFAULT", fine_tune=DEFAULTS.fine_tune, image_size=DEFAULTS.image_size,
                  flip=DEFAULTS.flip, no_image=DEFAULTS.no_image, precision=DEFAULTS.precision,
-                 image_norm=DEFAULTS.image_norm, pooled=True):  # fmt: skip
+                 image_norm=DEFAULTS.image_norm, feature_dropout=DEFAULTS.feature_dropout,
+                 pooled=True):  # fmt: skip
         super().__init__()
         network = build_backbone(backbone, weights, pooled, image_size)
         # Convolutions are fastest in channels-last memory format, on CPUs and GPUs.
@@ -99,8 +91,10 @@ class EncoderCNN(nn.Module):
                 self.feature_size = self.eval().forward_features(images).size(2)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"{backbone} rejects images of size {image_size}: {error}") from None
-        self.linear = nn.Linear(self.feature_size, embed_size)
-        self.norm = nn.LayerNorm(embed_size) if image_norm else nn.Identity()
+        output_size = embed_size if pooled else 2 * embed_size
+        self.dropout = Dropout(feature_dropout)
+        self.linear = nn.Linear(self.feature_size, output_size)
+        self.norm = nn.LayerNorm(output_size) if image_norm else nn.Identity()
         self.train()
 
     def train(self, mode=True):
@@ -110,7 +104,7 @@ class EncoderCNN(nn.Module):
         return self
 
     def forward(self, images):
-        """(B, 3, H, W) -> (B, embed_size)."""
+        """(B, 3, H, W) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled."""
         return self.project(self.forward_features(images))
 
     def forward_features(self, images):
@@ -130,9 +124,12 @@ class EncoderCNN(nn.Module):
         return features.flatten(2).transpose(1, 2)  # (B, H*W, C)
 
     def project(self, features):
-        """(B, P, feature_size) -> (B, embed_size), the projected mean over P."""
-        features = features.mean(1)  # (B, C)
-        return self.norm(self.linear(torch.zeros_like(features) if self.no_image else features))
+        """(B, P, feature_size) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled."""
+        if self.pooled:
+            features = features.mean(1)  # (B, C)
+        if self.no_image:
+            features = torch.zeros_like(features)
+        return self.norm(self.linear(self.dropout(features)))
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -171,12 +168,15 @@ class DecoderRNN(nn.Module):
         if inject == "init":
             self.image_to_state = nn.Linear(embed_size, 2 * num_layers * hidden_size)
 
-    def forward(self, features, captions, positions=None):
+    def forward(self, features, captions, positions=None, image_index=None):
         """Teacher forcing: (B, embed_size), (B, T) -> logits (B, T-1, vocab_size).
 
+        image_index: (B,), the row of `features` that belongs to each caption; None: the same row.
         positions: (N,) indices into the B * (T-1) predictions. The vocabulary projection, which
             dominates the cost, is then computed for these alone: logits (N, vocab_size).
         """
+        if image_index is not None:
+            features = features.index_select(0, image_index)  # (B, embed_size)
         inputs = self.embed(captions[:, :-1], features)  # (B, T-1, input_size)
         hidden, _ = self.lstm(inputs, self.init_state(features))  # (B, T-1, hidden_size)
         hidden = self.dropout(hidden)
@@ -208,14 +208,25 @@ class DecoderRNN(nn.Module):
         return zeros, zeros
 
     def step(self, tokens, state, features):
-        """One step of decoding: (B,), state, (B, embed_size) -> logits (B, vocab_size), state."""
+        """(B,), state, (B, embed_size) -> logits (B, vocab_size) of the next word, state, None.
+
+        An `AttentionDecoder` returns its attention in place of None.
+        """
         hidden, state = self.lstm(self.embed(tokens.unsqueeze(1), features), state)
-        return self.linear(self.dropout(hidden.squeeze(1))), state
+        return self.linear(self.dropout(hidden.squeeze(1))), state, None
 
     def sample(self, features, beam_size=1, max_len=20, **options) -> decoding.Decoded:
         """Generate captions in eval mode; `options` are those of `decoding.generate`."""
         with eval_mode(self):
             return decoding.generate(self, features, beam_size, max_len, **options)
+
+
+def build_decoder(config: ModelConfig, vocab_size):
+    """The decoder that `config` describes."""
+    c = config
+    if c.inject == "attend":
+        return AttentionDecoder(c.embed_size, c.hidden_size, vocab_size, c.dropout, c.num_heads)
+    return DecoderRNN(c.embed_size, c.hidden_size, vocab_size, c.num_layers, c.dropout, c.inject)
 
 
 # ---------------------------------------------------------------------------- captioning model
@@ -232,11 +243,9 @@ class CaptionModel(nn.Module):
         self.transform = eval_transform(c.image_size)
         self.encoder = EncoderCNN(
             c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
-            c.precision, c.image_norm,
+            c.precision, c.image_norm, c.feature_dropout, pooled=c.inject != "attend",
         )  # fmt: skip
-        self.decoder = DecoderRNN(
-            c.embed_size, c.hidden_size, len(self.vocab), c.num_layers, c.dropout, c.inject
-        )
+        self.decoder = build_decoder(c, len(self.vocab))
 
     def checkpoint(self) -> dict:
         """What `from_checkpoint` needs: config, words and weights."""

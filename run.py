@@ -123,17 +123,19 @@ def build_loaders(config, model, train_data, val_data):
     train_data, val_data = train_data.without(train_bad), val_data.without(val_bad)
     rank, world_size = rank_and_world_size()
     options = {"cache_dir": config.cache_dir, "rank": rank, "world_size": world_size}
-    batch_size = config.batch_size
-    if config.fine_tune:  # every image once per batch with all its captions
-        options["num_workers"] = config.num_workers
+    captions = batch_size = config.batch_size
+    if config.group_images:
         per_image = len(train_data.all_captions) / len(train_data)
-        batch_size = max(round(config.batch_size / per_image), world_size)
+        captions = config.batch_size * config.grad_accum_steps
+        batch_size = max(round(captions / per_image), world_size)
+    if config.fine_tune:
+        options["num_workers"] = config.num_workers
     return (
         train_loader(train_data, model.vocab, transform=train_transform(config.image_size),
                      features=train_features, seed=config.seed, batch_size=batch_size,
-                     group_images=config.fine_tune, **options),
+                     group_images=config.group_images, **options),
         val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
-                   batch_size=config.batch_size, **options),
+                   batch_size=captions, group_images=config.group_images, **options),
     )  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def build_optimizer(model, config):
 
 
 def warn_about_few_updates(run: Run):
-    updates = run.config.epochs * -(-len(run.train_loader) // run.config.grad_accum_steps)
+    updates = run.config.epochs * -(-len(run.train_loader) // run.config.batches_per_update)
     if updates < FEW_UPDATES:
         print0(
             f"The run has only {updates} optimizer steps, which is hardly enough: with so few "

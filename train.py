@@ -68,11 +68,11 @@ def train_one_epoch(run: Run, after_update):
                disable=not show_progress())  # fmt: skip
     for batch in bar:
         nll, tokens = run.loss(*batch)
-        nll.backward()  # gradients are summed over grad_accum_steps batches
+        nll.backward()  # gradients are summed over the batches of an update
         progress.totals += to_float64(torch.stack([nll.detach(), tokens]))
         targets = targets + tokens
         progress.step += 1
-        if progress.step % config.grad_accum_steps and progress.step < steps:
+        if progress.step % config.batches_per_update and progress.step < steps:
             continue
         norm = update(run, targets, schedule((epoch + progress.step / steps) / config.epochs))
         targets = 0
@@ -175,7 +175,7 @@ def save_if_due(run: Run, norm, stop):
     """Save if a save is due by `save_every`, or after SIGTERM; then raise SystemExit."""
     config, step = run.config, run.progress.step
     stopping = must_stop(run, stop)
-    due = config.save_every > 0 and step % config.save_every < config.grad_accum_steps
+    due = config.save_every > 0 and step % config.save_every < config.batches_per_update
     if stopping or due:
         check_finite(norm)
         save_run(run)
@@ -188,7 +188,7 @@ def must_stop(run: Run, stop) -> bool:
     """Whether any rank has received SIGTERM. Ranks synchronize every tenth update."""
     if rank_and_world_size()[1] == 1:
         return stop.is_set()
-    every = run.config.grad_accum_steps
+    every = run.config.batches_per_update
     due = run.progress.step % (10 * every) < every
     return due and all_reduce_sum(run.progress.totals.new_tensor(stop.is_set())).item() > 0
 

@@ -90,6 +90,55 @@ class NaiveDecoder:
         return lambda tokens: without_special_tokens(read(tuple(tokens))[0])
 
 
+class NaiveAttentionDecoder(NaiveDecoder):
+    """`AttentionDecoder`: one word, one head and one position at a time."""
+
+    def __init__(self, decoder):
+        self.weights = {name: w.double().numpy() for name, w in decoder.state_dict().items()}
+        self.heads = decoder.num_heads
+
+    def lstm(self, name, x, state):
+        h, c = state
+        w_ih, w_hh, b_ih, b_hh = (
+            self.weights[f"{name}.{part}_l0"]
+            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        i, f, g, o = np.split(w_ih @ x + b_ih + w_hh @ h + b_hh, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        return sigmoid(o) * np.tanh(c), c
+
+    def init_state(self, image):
+        sizes = [self.weights[f"{n}.weight_hh_l0"].shape[1]
+                 for n in ("attention_lstm", "language_lstm")]  # fmt: skip
+        return [(np.zeros(size), np.zeros(size)) for size in sizes]
+
+    def step(self, token, state, image):
+        """The logits of the next token, the new state, and the attention (P,)."""
+        keys, values = np.split(np.asarray(image, dtype=np.float64), 2, axis=1)
+        first, second = state
+        word = self.weights["embedding.weight"][token]
+        first = self.lstm("attention_lstm", np.concatenate([word, values.mean(0)]), first)
+        query = self.linear("query", first[0])
+        attended, attention, size = [], np.zeros(len(keys)), len(query) // self.heads
+        for head in range(self.heads):
+            part = slice(head * size, (head + 1) * size)
+            scores = np.array([key[part] @ query[part] for key in keys]) / np.sqrt(size)
+            weights = np.exp(log_softmax(scores))
+            attended.append(weights @ values[:, part])
+            attention += weights / self.heads
+        inputs = np.concatenate([first[0], *attended])
+        second = self.lstm("language_lstm", inputs, second)
+        logits = self.linear("linear", second[0] + self.linear("shortcut", inputs))
+        return logits, [first, second], attention
+
+    def teacher_forcing(self, image, caption):
+        state, rows = self.init_state(image), []
+        for token in caption[:-1]:
+            logits, state, _ = self.step(token, state, image)
+            rows.append(logits)
+        return np.stack(rows)
+
+
 class Hypothesis(NamedTuple):
     tokens: list
     log_probs: list  # of each token
