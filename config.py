@@ -18,8 +18,8 @@ CHOICES = {
     "inject": (*INJECT_MODES, "attend"),
     "best_by": ("loss", "cider"),
 }
-AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads", "epochs", "batch_size",
-              "grad_accum_steps", "min_word_freq")  # fmt: skip
+AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads",
+              "epochs", "batch_size", "grad_accum_steps", "min_word_freq")  # fmt: skip
 AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "seed")
 ABOVE_0 = ("learning_rate", "grad_clip")
 
@@ -36,6 +36,7 @@ class TrainConfig(ModelConfig):
     weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
+    random_flip: bool = False  # with --flip: draw one of both at random instead of averaging
     epochs: int = 10  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
@@ -57,10 +58,9 @@ class TrainConfig(ModelConfig):
     save_every: int = 0  # also save every N batches; 0: only after epochs
 
     def __post_init__(self):
-        if str(self.weights).lower() == "none":
-            self.weights = None
-        if str(self.init_from).lower() == "none":
-            self.init_from = None
+        for name in ("weights", "init_from", "image_size"):
+            if str(getattr(self, name)).lower() == "none":
+                setattr(self, name, None)
         for names, valid, text in (
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
             (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
@@ -69,7 +69,7 @@ class TrainConfig(ModelConfig):
             (("seed",), lambda x: x < 2**32, "less than 2**32"),
         ):
             for name in names:
-                if not valid(getattr(self, name)):
+                if getattr(self, name) is not None and not valid(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)}, but must be {text}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -127,8 +127,14 @@ def parse_args(arguments=None) -> TrainConfig:
         else:
             default = field.default
             options |= {"default": default, "type": str if default is None else type(default)}
+            if field.type == int | None:
+                options["type"] = integer_or_none
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     return TrainConfig(**vars(parser.parse_args(arguments)))
+
+
+def integer_or_none(text):
+    return None if text.lower() == "none" else int(text)
 
 
 def field_comments(config_class) -> dict[str, str]:

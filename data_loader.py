@@ -91,12 +91,15 @@ def _tokenize_all(captions) -> TokenizedCaptions:
 class ImageDataset(Dataset):
     """Every image of `data` once: (images, rows of `data`).
 
-    features: an array (or `features.FeatureArray`) indexed by `data.indices`, used in place of the
-        images; otherwise an image is `transform(path)`.
+    features: an array (or `features.FeatureArray`) (N, V, P, C), indexed by `data.indices`, used in
+        place of the images; otherwise an image is `transform(path)`.
+    random_view: of the V views of an image, which are the image and its horizontal flip, draw one
+        at random each time, as augmentation; otherwise their features are averaged.
     """
 
-    def __init__(self, data: CocoCaptions, transform=None, features=None):
+    def __init__(self, data: CocoCaptions, transform=None, features=None, random_view=False):
         self.data, self.transform, self.features = data, transform, features
+        self.random_view = random_view
         self.indices = np.array(data.indices)
 
     def __len__(self):
@@ -109,7 +112,11 @@ class ImageDataset(Dataset):
     def images(self, rows):
         """(B,) rows of `data` -> their features (B, P, C) float32, or images (B, 3, H, W)."""
         if self.features is not None:
-            return torch.from_numpy(self.features[self.indices[rows]].astype(np.float32))
+            views = torch.from_numpy(self.features[self.indices[rows]])
+            if self.random_view and views.size(1) > 1:
+                view = torch.randint(views.size(1), (len(views),))
+                return views[torch.arange(len(views)), view].float()
+            return views.float().mean(1)
         return torch.stack([self.transform(self.data.paths[row]) for row in rows])
 
 
@@ -120,8 +127,8 @@ class CaptionDataset(ImageDataset):
     """
 
     def __init__(self, data, vocab, transform=None, features=None, cache_dir=None,
-                 group_images=False):  # fmt: skip
-        super().__init__(data, transform, features)
+                 group_images=False, random_view=False):  # fmt: skip
+        super().__init__(data, transform, features, random_view)
         self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
         self.ends = np.cumsum(self.lengths)
         self.image = np.repeat(np.arange(len(data)), [len(c) for c in data.captions])
@@ -213,14 +220,14 @@ class ImageGroupedSampler(BucketSampler):
 
 def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, seed=0,
                  num_workers=0, rank=0, world_size=1, cache_dir=None,
-                 group_images=False):  # fmt: skip
+                 group_images=False, random_view=False):  # fmt: skip
     """(images, captions, lengths): every caption once, reshuffled in each epoch.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Each rank gets its part of every
     batch of `batch_size` captions, or, with `group_images`, of images (and an index, see
     `CaptionDataset`). `cache_dir` keeps the tokenized captions.
     """
-    dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images)
+    dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images, random_view)
     if group_images:
         batches = ImageGroupedSampler(
             dataset.lengths, dataset.image, batch_size, seed, rank, world_size

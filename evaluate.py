@@ -28,9 +28,9 @@ from distributed import (
 )
 from features import extract_features
 from files import atomic_write
+from layers import eval_mode
 from losses import TeacherForcing
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
-from layers import eval_mode
 from model import CaptionModel
 from vocabulary import TOKENIZER, tokenize
 

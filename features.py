@@ -1,7 +1,7 @@
 """The features of a frozen CNN, computed once per image and kept on disk.
 
     extracted = extract_features(model.encoder, data.paths, model.transform, "runs/cache")
-    extracted.features[[7, 3]]     # (2, P, C) float16, of data.paths[7] and data.paths[3]
+    extracted.features[[7, 3]]     # (2, V, P, C) float16, of data.paths[7] and data.paths[3]
     extracted.bad                  # {index: reason} for images that could not be read
 
 The name of their folder is a fingerprint of the encoder (class, settings, precision, weights), of
@@ -38,7 +38,7 @@ from distributed import (
 from files import atomic_write, file_lock
 from images import BadImageError
 
-FORMAT = "4"  # increase it when the content of the files, or how images are opened, changes
+FORMAT = "5"  # increase it when the content of the files, or how images are opened, changes
 SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
@@ -54,7 +54,7 @@ class FeatureArray:
         return self.shape[0]
 
     def __getitem__(self, indices):
-        """indices: an array (B,) of integers, or a slice -> (B, P, C) float16."""
+        """indices: an array (B,) of integers, or a slice -> (B, V, P, C) float16."""
         if isinstance(indices, slice):
             indices = range(len(self))[indices]
         return np.stack([self.shards[i // SHARD_SIZE][i % SHARD_SIZE] for i in indices])
@@ -68,7 +68,7 @@ class ExtractedFeatures:
 
 def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_workers=0,
                      skip_bad=False) -> ExtractedFeatures:  # fmt: skip
-    """`encoder.forward_features` of every image, loaded from `cache_dir` where already computed.
+    """`encoder.forward_views` of every image, loaded from `cache_dir` where already computed.
 
     Runs on the encoder's device, in its precision. After an interruption, the next call continues;
     with torchrun, each rank computes its share of the files. An unreadable image does not stop the
@@ -137,13 +137,13 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
 
 
 def forward_batch(encoder, images, device):
-    """A list of images (3, H, W) -> their features (P, C), float16."""
+    """A list of images (3, H, W) -> their features (V, P, C), float16."""
     if not images:
         return []
     batch = torch.stack(images)
     batch = batch.to(device, memory_format=torch.channels_last, non_blocking=True)
     with autocast(device, encoder.precision):
-        return encoder.forward_features(batch).half().cpu().numpy()
+        return encoder.forward_views(batch).half().cpu().numpy()
 
 
 def optimized_for_inference(encoder):
@@ -155,7 +155,7 @@ def optimized_for_inference(encoder):
     if encoder.quantized:
         return encoder
     encoder = copy.deepcopy(encoder).eval()
-    encoder.backbone = fold_batch_norm(encoder.backbone)
+    encoder.backbone = fold_batch_norm(encoder.backbone, encoder.image_size)
     if resolve_precision(encoder.linear.weight.device, encoder.precision) == "bfloat16":
         for layer in encoder.backbone.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):

@@ -64,29 +64,32 @@ def _to_8_bits(image) -> Image.Image:
     return image.point(lambda value: value * scale).convert("L")
 
 
-def eval_transform(image_size: int = 224) -> v2.Compose:
+def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                   interpolation="bilinear") -> v2.Compose:  # fmt: skip
     """Path or PIL image -> (3, image_size, image_size), float32, normalized; deterministic."""
     return v2.Compose([
         v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.Resize(image_size, antialias=True),
+        v2.Resize(image_size, v2.InterpolationMode(interpolation), antialias=True),
         v2.CenterCrop(image_size),
-        *_to_tensor(),
+        *_to_tensor(mean, std),
     ])  # fmt: skip
 
 
-def train_transform(image_size: int = 224) -> v2.Compose:
+def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                    interpolation="bilinear") -> v2.Compose:  # fmt: skip
     """Same as `eval_transform`, but with a random crop, for training without cached features.
 
     There is no horizontal flip, which would make every "left" and "right" of a caption wrong.
     """
+    interpolation = v2.InterpolationMode(interpolation)
     return v2.Compose([
         v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.RandomResizedCrop(image_size, scale=(0.7, 1.0), antialias=True),
-        *_to_tensor(),
+        v2.RandomResizedCrop(image_size, (0.7, 1.0), interpolation=interpolation, antialias=True),
+        *_to_tensor(mean, std),
     ])  # fmt: skip
 
 
-def _to_tensor():
+def _to_tensor(mean, std):
     yield v2.ToImage()
     yield v2.ToDtype(torch.float32, scale=True)
-    yield v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    yield v2.Normalize(mean, std)

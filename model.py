@@ -20,7 +20,7 @@ from torch import nn
 
 import decoding
 from attention import AttentionDecoder
-from backbones import build_backbone, is_quantized
+from backbones import build_backbone, input_settings, is_quantized
 from checkpoint import config_and_words, load_safely
 from distributed import autocast, resolve_precision
 from images import eval_transform
@@ -34,9 +34,9 @@ INJECT_MODES = ("pre", "par", "init")  # of `DecoderRNN`
 class ModelConfig:
     """The architecture: everything but the words and the weights."""
 
-    backbone: str = "resnet50"  # any torchvision classification network; "quantized_*" use int8
-    image_size: int = 224  # side of the square input of the CNN, in pixels
-    flip: bool = False  # average the features of each image and its horizontal flip
+    backbone: str = "resnet50"  # a network of torchvision ("quantized_*" use int8), or timm/NAME
+    image_size: int | None = None  # side of the square input in pixels; none: the network's own
+    flip: bool = False  # use the features of each image and of its horizontal flip
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
     embed_size: int = 256  # size of the word and image embeddings
@@ -62,8 +62,8 @@ class EncoderCNN(nn.Module):
     Arguments are those of `ModelConfig`, and:
 
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
-    pooled: return one embedding per image; otherwise, for `AttentionDecoder`, a key and a value, each
-        of embed_size, for every position of the last feature map.
+    pooled: return one embedding per image; otherwise, for `AttentionDecoder`, a key and a value for
+        every position of the last feature map, each of embed_size.
 
     Unless `fine_tune` is set, the CNN is frozen: it has no gradients and stays in eval mode
     whatever `train()` is called with, so that BatchNorm neither uses nor updates batch statistics.
@@ -85,6 +85,7 @@ class EncoderCNN(nn.Module):
         self.precision, self.pooled, self.quantized = precision, pooled, is_quantized(backbone)
         if fine_tune and self.quantized:
             raise ValueError(f"{backbone} computes in int8 and cannot be fine-tuned")
+        self.image_size = image_size = input_settings(backbone, image_size)["image_size"]
         try:
             with torch.no_grad():
                 images = torch.zeros(1, 3, image_size, image_size)
@@ -108,20 +109,26 @@ class EncoderCNN(nn.Module):
         return self.project(self.forward_features(images))
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> (B, P, feature_size).
+        """(B, 3, H, W) -> (B, P, feature_size), the mean of the views of `forward_views`.
 
         P is 1 if pooled, otherwise the number of positions in the last feature map. With a frozen
         CNN the features are constant, and can be computed once per image (features.py).
         """
+        return self.forward_views(images).mean(1)
+
+    def forward_views(self, images):
+        """(B, 3, H, W) -> (B, V, P, feature_size) of each image and, with `flip`, its flip: V = 2.
+
+        The map of the flipped image is flipped back, so that positions are those of the image.
+        """
         if self.quantized and images.device.type != "cpu":
             raise ValueError("a quantized backbone runs on the CPU only (use --device cpu)")
-        features = self.backbone(images)
-        if self.flip:  # the map of the flipped image is flipped back
+        views = [self.backbone(images)]  # (B, C), or (B, C, H, W)
+        if self.flip:
             flipped = self.backbone(images.flip(3))
-            features = (features + (flipped if self.pooled else flipped.flip(3))) / 2
-        if self.pooled:
-            return features.flatten(1).unsqueeze(1)  # (B, 1, C)
-        return features.flatten(2).transpose(1, 2)  # (B, H*W, C)
+            views.append(flipped if self.pooled else flipped.flip(3))
+        return torch.stack([view.flatten(2) if view.dim() > 2 else view.unsqueeze(2)
+                            for view in views], 1).transpose(2, 3)  # fmt: skip
 
     def project(self, features):
         """(B, P, feature_size) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled."""
@@ -240,7 +247,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.config = c = config or ModelConfig()
         self.vocab = Vocabulary(words)
-        self.transform = eval_transform(c.image_size)
+        self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
             c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
             c.precision, c.image_norm, c.feature_dropout, pooled=c.inject != "attend",

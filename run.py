@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from backbones import input_settings
 from checkpoint import find_earlier_run, modification_times, restore
 from coco import CocoCaptions
 from config import TrainConfig
@@ -130,10 +131,11 @@ def build_loaders(config, model, train_data, val_data):
         batch_size = max(round(captions / per_image), world_size)
     if config.fine_tune:
         options["num_workers"] = config.num_workers
+    settings = input_settings(config.backbone, config.image_size)
     return (
-        train_loader(train_data, model.vocab, transform=train_transform(config.image_size),
+        train_loader(train_data, model.vocab, transform=train_transform(**settings),
                      features=train_features, seed=config.seed, batch_size=batch_size,
-                     group_images=config.group_images, **options),
+                     group_images=config.group_images, random_view=config.random_flip, **options),
         val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
                    batch_size=captions, group_images=config.group_images, **options),
     )  # fmt: skip

