@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from files import atomic_write
+from files import write_text
 
 
 class DataError(ValueError):
@@ -97,8 +97,7 @@ def write_captions(path, images, annotations, description):
     """Write a captions file in COCO's format. Raises OSError."""
     content = {"info": {"description": description}, "licenses": []}
     content |= {"images": images, "annotations": annotations}
-    with atomic_write(path) as file:
-        file.write(json.dumps(content).encode())
+    write_text(path, json.dumps(content))
 
 
 # ---------------------------------------------------------------------------- validation

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib
 import torch
 from coco_size import coco
-from made_data import make_data, write_captions
+from made_data import make_data, write_random_captions
 from measure import (
     compare,
     compare_with_peak,
@@ -43,16 +43,8 @@ from measure import (
     timed,
     training_flops,
 )
-from stages import (
-    Setting,
-    data,
-    decoding,
-    encoder_forward,
-    int8_name,
-    training,
-    training_run,
-    vocabulary,
-)
+from setting import Setting, data, training_run
+from stages import decoding, encoder_forward, int8_name, training, vocabulary
 
 EPOCHS = 10  # of the whole run that is extrapolated
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
@@ -193,7 +185,7 @@ def scaling(setting, sizes, seconds, extraction_rate):
     for size in sizes:
         progress(f"scaling: {size:,} images")
         file = Path(setting.folder) / f"captions-{size}.json"
-        write_captions(file, size)
+        write_random_captions(file, size)
         this = replace(setting, images=setting.folder, captions=str(file), tokenized=5 * size)
         rates = []
         for work in (vocabulary(False, this), training("auto", this), decoding(3, this, 128)):
