@@ -1,4 +1,4 @@
-"""A made-up training set of COCO's size: from computed features to training, and its memory.
+"""A random training set of COCO's size: from computed features to training, and its memory.
 
 report = coco(setting, quick=False)      # as `bench.py --coco` does
 """
@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from made_data import write_random_captions
 from measure import make_row, peak_memory, progress, run_in_new_process, timed
+from random_data import write_random_captions
 from setting import cache_random_features, train_config
 from stages import train_last_batches
 

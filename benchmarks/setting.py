@@ -16,7 +16,7 @@ from pathlib import Path
 
 import classic
 import torch
-from made_data import end_at_length, write_random_captions, write_random_features
+from random_data import end_at_length, write_random_captions, write_random_features
 
 from coco import CocoCaptions
 from config import TrainConfig

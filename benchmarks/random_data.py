@@ -1,4 +1,4 @@
-"""Made-up images, captions, features and a captioner: meaningless, but as costly as real ones.
+"""Random images, captions and features, and an untrained captioner, that cost what real ones do.
 
 write_random_images("images", 256)
 write_random_captions("captions.json", images=6091, files=256)     # 30,455 captions, ~2,600 words
@@ -19,7 +19,7 @@ CONSONANTS, VOWELS = "bdfghjklmnprstv", "aeiou"
 SYLLABLES = ["".join(letters) for letters in itertools.product(CONSONANTS, VOWELS, CONSONANTS)]
 
 
-def make_data(folder, quick):
+def write_random_data(folder, quick):
     """Write images and captions into `folder`: (folder of the images, captions file)."""
     files, images = (8, 400) if quick else (256, 6_091)
     image_dir, captions = Path(folder) / "images", Path(folder) / "captions.json"
@@ -73,7 +73,7 @@ def write_random_captions(path, images, files=1, captions=None, **settings):
         path,
         [{"id": i, "file_name": f"{i % files}.jpg"} for i in range(images)],
         [{"id": i, "image_id": i % images, "caption": text} for i, text in enumerate(texts)],
-        "made up for a benchmark",
+        "random captions for a benchmark",
     )
 
 
