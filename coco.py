@@ -25,7 +25,9 @@ class DataError(ValueError):
 class CocoCaptions:
     """The images of one split and all their captions, sorted by image id.
 
-    image_ids: COCO's ids. paths: the image files. captions: a list of captions per image.
+    image_ids: COCO's ids.
+    paths: the image files.
+    captions: a list of captions per image.
     indices: positions 0..N-1 in the complete split, which `without` keeps; they index features.
     uncaptioned: file names of the listed images that have no caption and are left out.
     """

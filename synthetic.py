@@ -81,7 +81,7 @@ def random_scene(rng: Random, count: int | None = None) -> Scene:
 
 
 def random_thing(rng: Random) -> Thing:
-    """Flying things are in the upper half, standing ones on the ground."""
+    """A random thing, in the upper half if it flies, and on the ground if it stands."""
     colour, name, side = (rng.choice(list(table)) for table in (COLOURS, OBJECTS, THING_SIDES))
     x = rng.randrange(1, IMAGE_SIDE - side)
     y = rng.randrange(1, 66 - side) if name in FLYING else rng.randrange(100, 127) - side
