@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from distributed import all_reduce_sum, gather, print0, rank_and_world_size
-from files import atomic_write, file_lock
+from files import atomic_write, file_lock, write_text
 
 RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json")
 
@@ -225,7 +225,7 @@ def prepare_run_dir(run):
     out, progress = Path(run.config.out), run.progress
     if rank_and_world_size()[0] > 0:
         return
-    if run.found != modification_times(out):
+    if run.checkpoint_times != modification_times(out):
         raise ValueError(
             f"another run has written to {out} in the meantime; start again, or choose another "
             "folder with --out"
@@ -256,7 +256,7 @@ def save_run(run):
         "totals": totals, "data": data_fingerprint(run), "computed_in": run.precision,
     }  # fmt: skip
     save(content, out / "last.pt")
-    run.found = modification_times(out)
+    run.checkpoint_times = modification_times(out)
     if epoch_done:
         write_history(out, history)
 
@@ -296,11 +296,6 @@ def write_history(out, history):
     write_text(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     table = [history[0].keys(), *(line.values() for line in history)]
     write_text(out / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
-
-
-def write_text(path, text):
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def data_fingerprint(run) -> str:

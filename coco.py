@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pycocotools.coco import COCO
 
-from files import atomic_write
+from files import write_text
 
 
 class DataError(ValueError):
@@ -25,7 +25,9 @@ class DataError(ValueError):
 class CocoCaptions:
     """The images of one split and all their captions, sorted by image id.
 
-    image_ids: COCO's ids. paths: the image files. captions: a list of captions per image.
+    image_ids: COCO's ids.
+    paths: the image files.
+    captions: a list of captions per image.
     indices: positions 0..N-1 in the complete split, which `without` keeps; they index features.
     uncaptioned: file names of the listed images that have no caption and are left out.
     """
@@ -97,8 +99,7 @@ def write_captions(path, images, annotations, description):
     """Write a captions file in COCO's format. Raises OSError."""
     content = {"info": {"description": description}, "licenses": []}
     content |= {"images": images, "annotations": annotations}
-    with atomic_write(path) as file:
-        file.write(json.dumps(content).encode())
+    write_text(path, json.dumps(content))
 
 
 # ---------------------------------------------------------------------------- validation

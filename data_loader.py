@@ -131,7 +131,8 @@ class CaptionDataset(ImageDataset):
         super().__init__(data, transform, features, random_view)
         self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
         self.ends = np.cumsum(self.lengths)
-        self.image = np.repeat(np.arange(len(data)), [len(c) for c in data.captions])
+        # (number of captions,): the row of `data` with the image of each caption
+        self.image_rows = np.repeat(np.arange(len(data)), [len(c) for c in data.captions])
         self.group_images = group_images
 
     def __len__(self):
@@ -151,8 +152,8 @@ class CaptionDataset(ImageDataset):
         captions[is_token] = self.ids[starts + offsets]
         captions, lengths = torch.from_numpy(captions), torch.from_numpy(lengths)
         if not self.group_images:
-            return self.images(self.image[indices]), captions, lengths
-        rows, image_index = np.unique(self.image[indices], return_inverse=True)
+            return self.images(self.image_rows[indices]), captions, lengths
+        rows, image_index = np.unique(self.image_rows[indices], return_inverse=True)
         return self.images(rows), captions, lengths, torch.from_numpy(image_index)
 
 
@@ -202,10 +203,10 @@ class ImageGroupedSampler(BucketSampler):
     of a batch have longest captions of similar length.
     """
 
-    def __init__(self, lengths, image, batch_size, seed=0, rank=0, world_size=1):
-        """lengths, image: the length and the image of each caption, image by image."""
-        self.starts = np.flatnonzero(np.diff(image, prepend=-1))
-        self.stops = np.append(self.starts[1:], len(image))
+    def __init__(self, lengths, image_rows, batch_size, seed=0, rank=0, world_size=1):
+        """lengths, image_rows: (captions,), of a `CaptionDataset`; image by image."""
+        self.starts = np.flatnonzero(np.diff(image_rows, prepend=-1))
+        self.stops = np.append(self.starts[1:], len(image_rows))
         longest = np.maximum.reduceat(lengths, self.starts)
         super().__init__(longest, batch_size, seed, rank, world_size)
 
@@ -230,7 +231,7 @@ def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, s
     dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images, random_view)
     if group_images:
         batches = ImageGroupedSampler(
-            dataset.lengths, dataset.image, batch_size, seed, rank, world_size
+            dataset.lengths, dataset.image_rows, batch_size, seed, rank, world_size
         )
     else:
         batches = BucketSampler(dataset.lengths, batch_size, seed, rank, world_size)

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import atomic_write
+from files import write_text
 
 BASE_URL = "http://images.cocodataset.org"
 YEARS, SPLITS = (2014, 2017), ("train", "val")
@@ -106,8 +106,7 @@ def _fetch_images(captions, folder, captions_file, base_url, options):
     with ThreadPoolExecutor(max_workers=8) as pool:  # after an error or Ctrl-C, starts no more
         list(tqdm(pool.map(fetch_image, urls.values(), urls), folder.name, len(urls), disable=None))
     try:
-        with atomic_write(captions_file) as file:
-            file.write(json.dumps(captions).encode())
+        write_text(captions_file, json.dumps(captions))
     except OSError as error:  # its message is a complete sentence
         raise DownloadError(error) from error
 

@@ -27,7 +27,7 @@ from distributed import (
     to_float64,
 )
 from features import extract_features
-from files import atomic_write
+from files import write_text
 from layers import eval_mode
 from losses import TeacherForcing
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
@@ -112,8 +112,7 @@ def image_id_of(path) -> int | str:
 def write_results(path, image_ids, captions):
     """COCO's results format. Raises OSError if the file cannot be written."""
     results = [{"image_id": i, "caption": c} for i, c in zip(image_ids, captions, strict=True)]
-    with atomic_write(path) as file:
-        file.write(json.dumps(results).encode())
+    write_text(path, json.dumps(results))
 
 
 def run(args) -> dict | None:

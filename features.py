@@ -35,7 +35,7 @@ from distributed import (
     resolve_precision,
     show_progress,
 )
-from files import atomic_write, file_lock
+from files import atomic_write, file_lock, write_text
 from images import BadImageError
 
 FORMAT = "5"  # increase it when the content of the files, or how images are opened, changes
@@ -181,8 +181,7 @@ def write_shard(folder, start, features, bad):
     The bad images are written first, so that a kill never leaves features without their list.
     """
     if bad:
-        with atomic_write(bad_file(folder, start)) as file:
-            file.write(json.dumps(bad).encode())
+        write_text(bad_file(folder, start), json.dumps(bad))
     with atomic_write(shard_file(folder, start)) as file:
         np.save(file, features)
 

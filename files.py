@@ -1,8 +1,9 @@
 """Atomic file writes and file locks.
 
-with atomic_write("metrics.json") as file:    # appears complete, or not at all
-    file.write(b"{}")
-with file_lock("cache/.lock"):                # one process at a time
+write_text("metrics.json", "{}")               # the file appears complete, or not at all
+with atomic_write("features.npy") as file:     # the same for binary content
+    np.save(file, features)
+with file_lock("cache/.lock"):                 # one process at a time
     ...
 """
 
@@ -43,6 +44,12 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):  # there is none if it could not be opened
             part.unlink()
+
+
+def write_text(path, text):
+    """`atomic_write` of a text, encoded as UTF-8."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager

@@ -87,8 +87,10 @@ def java_scores(truth, result) -> dict:
 def diagnostics(candidates, training_captions, words, tokenize) -> dict:
     """How varied the captions are, and how many are copies of training captions.
 
-    distinct, copied from train: fractions of the captions. vocabulary used: number of different
-    words, out of vocabulary size. mean length: in words.
+    distinct: number of different captions, as a fraction of all captions.
+    copied from train: the fraction of the captions that are also training captions.
+    vocabulary used: number of different words in the captions, of `vocabulary size`.
+    mean length: in words.
     """
     captions = [tuple(tokenize(caption)) for caption in candidates]
     known = {tuple(tokenize(caption)) for caption in training_captions}

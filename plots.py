@@ -30,6 +30,22 @@ def image_grid(images, titles=None, columns=4, width=3.0, wrap=30, colours=None)
     return axes
 
 
+def caption_grid(images, predicted, actual, wrong, notes=None, **options):
+    """Images with a predicted and an actual caption below each; wrong predictions are red, with ✗.
+
+    predicted, actual: a caption per image. wrong: a bool per image. notes: another line per image.
+    options: of `image_grid`.
+    """
+    texts = [
+        f"{'✗ ' if bad else ''}predicted: {caption}\n\nactual: {other}"
+        for caption, other, bad in zip(predicted, actual, wrong, strict=True)
+    ]
+    if notes:
+        texts = [f"{text}\n\n{note}" for text, note in zip(texts, notes, strict=True)]
+    colours = ["firebrick" if bad else "black" for bad in wrong]
+    return image_grid(images, texts, colours=colours, **options)
+
+
 def text_block(text, wrap):
     """Wrap each line at `wrap` characters."""
     return "\n".join(textwrap.fill(line, wrap) for line in text.split("\n"))

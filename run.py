@@ -52,7 +52,7 @@ class Run:
     train_loader: torch.utils.data.DataLoader
     val_loader: torch.utils.data.DataLoader
     progress: Progress
-    found: list  # modification times of the checkpoints in --out when last read or written
+    checkpoint_times: list  # `modification_times` of --out when last read or written
 
     @property
     def precision(self) -> str:
@@ -76,7 +76,7 @@ def build_run(config: TrainConfig) -> Run:
     resolve_precision(device, config.precision)  # raises if it is not supported
     if config.deterministic:
         use_deterministic_algorithms()
-    found = modification_times(config.out)
+    times = modification_times(config.out)
     earlier = find_earlier_run(config)
     if config.resume and earlier is None:
         last = Path(config.out) / "last.pt"
@@ -88,7 +88,7 @@ def build_run(config: TrainConfig) -> Run:
     loaders = build_loaders(config, model, train_data, val_data)
     loss = wrap_ddp(TeacherForcing(model, precomputed=not config.fine_tune))
     progress = Progress(totals=zero_totals(device))
-    run = Run(config, model, loss, build_optimizer(model, config), *loaders, progress, found)
+    run = Run(config, model, loss, build_optimizer(model, config), *loaders, progress, times)
     warn_about_few_updates(run)
     # Another seed on every rank, so that their dropout masks differ.
     torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])

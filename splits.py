@@ -125,7 +125,7 @@ def karpathy_splits(karpathy_file, out_dir) -> dict[str, Path]:
         raise DataError(
             f"{karpathy_file} is not a Karpathy split file ({type(error).__name__}: {error})"
         ) from None
-    return _write_splits(splits, out_dir, f"split by {Path(karpathy_file).name}")
+    return _write_captions_files(splits, out_dir, f"split by {Path(karpathy_file).name}")
 
 
 def random_splits(captions_file, out_dir, fractions, seed=0) -> dict[str, Path]:
@@ -146,7 +146,7 @@ def random_splits(captions_file, out_dir, fractions, seed=0) -> dict[str, Path]:
         splits[split_of[image["id"]]][0].append(image)
     for annotation in content["annotations"]:
         splits[split_of[annotation["image_id"]]][1].append(annotation)
-    return _write_splits(
+    return _write_captions_files(
         splits, out_dir, f"random split of {Path(captions_file).name}, seed {seed}"
     )
 
@@ -165,8 +165,8 @@ def _assign_splits(ids, fractions, seed, captions_file) -> dict:
     }
 
 
-def _write_splits(splits, out_dir, description) -> dict[str, Path]:
-    """Write captions_{split}.json files."""
+def _write_captions_files(splits, out_dir, description) -> dict[str, Path]:
+    """Write captions_{split}.json for each split: (images, annotations), in COCO's format."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     files = {name: Path(out_dir) / f"captions_{name}.json" for name in splits}
     for name, (images, annotations) in splits.items():

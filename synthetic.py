@@ -81,7 +81,7 @@ def random_scene(rng: Random, count: int | None = None) -> Scene:
 
 
 def random_thing(rng: Random) -> Thing:
-    """Flying things are in the upper half, standing ones on the ground."""
+    """A random thing, in the upper half if it flies, and on the ground if it stands."""
     colour, name, side = (rng.choice(list(table)) for table in (COLOURS, OBJECTS, THING_SIDES))
     x = rng.randrange(1, IMAGE_SIDE - side)
     y = rng.randrange(1, 66 - side) if name in FLYING else rng.randrange(100, 127) - side
@@ -150,6 +150,11 @@ def parse_scene(caption: str) -> tuple[str | None, Counter[tuple[str, str]]]:
     return backgrounds.pop() if len(backgrounds) == 1 else None, pairs
 
 
+def is_wrong(caption: str, reference: str) -> bool:
+    """Whether a caption describes another scene than `reference`, a caption that is correct."""
+    return parse_scene(caption) != parse_scene(reference)
+
+
 def render(scene: Scene) -> Image.Image:
     """The RGB image of a scene, IMAGE_SIDE x IMAGE_SIDE pixels."""
     image = render_background(scene.background, scene.variant).copy()
@@ -204,7 +209,7 @@ def write_synthetic(root, sizes: dict[str, int] = SIZES, seed: int = 0) -> dict[
     if not is_written(files, info):
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:
-            write_splits(Path(folder) / "complete", info)
+            write_scenes(Path(folder) / "complete", info)
             try:
                 os.replace(Path(folder) / "complete", root)  # all or nothing
             except OSError:
@@ -228,7 +233,7 @@ def is_written(files: dict[str, tuple[Path, Path]], info: dict) -> bool:
         return False
 
 
-def write_splits(root: Path, info: dict) -> None:
+def write_scenes(root: Path, info: dict) -> None:
     """Write the images and captions files of all splits; no scene is in two of them."""
     used = set()
     (root / "annotations").mkdir(parents=True)

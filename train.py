@@ -22,14 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (
-    best_epoch,
-    lock_run_dir,
-    prepare_run_dir,
-    save_run,
-    stop_on_sigterm,
-    write_text,
-)
+from checkpoint import best_epoch, lock_run_dir, prepare_run_dir, save_run, stop_on_sigterm
 from config import parse_args
 from distributed import (
     all_reduce_sum,
@@ -43,6 +36,7 @@ from distributed import (
     to_float64,
 )
 from evaluate import evaluate_captions, evaluate_loss
+from files import write_text
 from metrics import perplexity
 from model import CaptionModel
 from run import Run, build_run, zero_totals

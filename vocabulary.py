@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nltk.tokenize import RegexpTokenizer
 
-from files import atomic_write
+from files import write_text
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")  # the first words of every vocabulary
 PAD, START, END, UNK = range(4)  # their indices
@@ -106,8 +106,7 @@ class Vocabulary:
     def save(self, path) -> None:
         """Write the vocabulary as JSON."""
         content = {"threshold": self.threshold, "words": self.words}
-        with atomic_write(path) as file:
-            file.write(json.dumps(content, ensure_ascii=False, indent=0).encode())
+        write_text(path, json.dumps(content, ensure_ascii=False, indent=0))
 
     @classmethod
     def load(cls, path) -> "Vocabulary":

@@ -1,9 +1,9 @@
 """How fast is every stage, and how much faster than the classic captioning loop?
 
-    python benchmarks/bench.py                                   # on made-up data, 8 minutes
+    python benchmarks/bench.py                                   # on random data, 8 minutes
     python benchmarks/bench.py --images photos --captions captions.json
     python benchmarks/bench.py --quick                           # does it run? no meaningful number
-    python benchmarks/bench.py --coco                            # instead: a split of COCO's size
+    python benchmarks/bench.py --coco                            # instead: a dataset of COCO's size
 
 Prints a table and writes it to `--out`: bench.json and scaling.png, or coco.json. This project and
 the classic loop (classic.py) run in short interleaved rounds whose medians are compared, so that
@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib
 import torch
 from coco_size import coco
-from made_data import make_data, write_captions
 from measure import (
     compare,
     compare_with_peak,
@@ -43,16 +42,9 @@ from measure import (
     timed,
     training_flops,
 )
-from stages import (
-    Setting,
-    data,
-    decoding,
-    encoder_forward,
-    int8_name,
-    training,
-    training_run,
-    vocabulary,
-)
+from random_data import write_random_captions, write_random_data
+from setting import Setting, data, training_run
+from stages import decoding, encoder_forward, int8_name, training, vocabulary
 
 EPOCHS = 10  # of the whole run that is extrapolated
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
@@ -79,12 +71,12 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description="Compare every stage with the classic loop.")
-    parser.add_argument("--images", help="folder of images; without it, the data is made up")
+    parser.add_argument("--images", help="folder of images; without it, random images and captions")
     parser.add_argument("--captions", help="their captions, a JSON file in COCO's format")
     parser.add_argument("--backbone", default="resnet50", help="any torchvision network")
     parser.add_argument("--weights", default="none", help="torchvision's name, a file, or none")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--coco", action="store_true", help="instead: a made-up split like COCO")
+    parser.add_argument("--coco", action="store_true", help="instead: random data of COCO's size")
     parser.add_argument("--out", default="runs/bench", help="folder for the results")
     args = parser.parse_args(arguments)
     if bool(args.images) != bool(args.captions):
@@ -93,14 +85,14 @@ def parse(arguments):
 
 
 def prepare(args, folder):
-    """(the Setting, a description of its data); made-up data is written to `folder`."""
+    """(the Setting, a description of its data); random data is written to `folder`."""
     if args.images:
         images, captions = args.images, args.captions
         source = f"{Path(args.captions).name}, with its images"
     else:
-        progress("making up images and captions")
-        images, captions = make_data(folder, args.quick)
-        source = "made up: images of 640x480 pixels, random captions of COCO's lengths"
+        progress("writing random images and captions")
+        images, captions = write_random_data(folder, args.quick)
+        source = "random images of 640x480 pixels, random captions of COCO's lengths"
     weights = None if args.weights.lower() == "none" else args.weights
     setting = Setting(folder, images, captions, args.backbone, weights)
     if args.quick:
@@ -193,7 +185,7 @@ def scaling(setting, sizes, seconds, extraction_rate):
     for size in sizes:
         progress(f"scaling: {size:,} images")
         file = Path(setting.folder) / f"captions-{size}.json"
-        write_captions(file, size)
+        write_random_captions(file, size)
         this = replace(setting, images=setting.folder, captions=str(file), tokenized=5 * size)
         rates = []
         for work in (vocabulary(False, this), training("auto", this), decoding(3, this, 128)):
@@ -257,7 +249,9 @@ def number(value):
 
 def plot_scaling(costs, path):
     matplotlib.use("Agg")  # renders to a file, without a display
-    from plots import curves, plt
+    import matplotlib.pyplot as plt
+
+    from plots import curves
 
     ax = plt.subplots(figsize=(9, 4), layout="constrained")[1]
     curves(costs["seconds"], ax, xlabel="images", ylabel="seconds", x=costs["images"])

@@ -1,4 +1,4 @@
-"""A made-up training set of COCO's size: from computed features to training, and its memory.
+"""A random training set of COCO's size: from computed features to training, and its memory.
 
 report = coco(setting, quick=False)      # as `bench.py --coco` does
 """
@@ -10,9 +10,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from made_data import write_captions
 from measure import make_row, peak_memory, progress, run_in_new_process, timed
-from stages import cache_random_features, train_config, train_last_batches
+from random_data import write_random_captions
+from setting import cache_random_features, train_config
+from stages import train_last_batches
 
 import run as run_module
 
@@ -25,7 +26,7 @@ def coco(setting, quick):
     size = {"images": 1_000, "captions": 5_003, "words": 1_000} if quick else COCO
     captions = Path(setting.folder) / "coco.json"
     progress(f"writing {size['captions']:,} captions, and features of {size['images']:,} images")
-    write_captions(captions, **size)
+    write_random_captions(captions, **size)
     setting = replace(setting, images=setting.folder, captions=str(captions))
     run_in_new_process(cache_random_features, train_config(setting))
     for cached in Path(setting.folder).glob("captions-*.npz"):

@@ -15,7 +15,8 @@ from statistics import median
 
 import classic
 import torch
-from stages import STAGES, Work, encoder
+from setting import Work, encoder
+from stages import STAGES
 from torch.utils.flop_counter import FlopCounterMode
 
 from distributed import PRECISIONS, resolve_precision

@@ -1,4 +1,4 @@
-"""The stages that bench.py measures: for each the work of this project, and the classic one.
+"""The stages that bench.py measures: for each, the work of this project and of the classic loop.
 
     stage = STAGES["feature extraction"]
     work = stage.ours(setting)     # prepared, not started
@@ -7,84 +7,41 @@
 What is measured is what train.py runs: `extract_features`, `train_one_epoch`, `caption_images`.
 """
 
-import contextlib
-import io
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import classic
 import numpy as np
 import torch
-from made_data import end_at_length, write_captions, write_features
+from setting import (
+    SIZES,
+    Setting,
+    Work,
+    captioner,
+    classic_loop,
+    data,
+    encoder,
+    hide_output,
+    some_paths,
+    training_run,
+)
 from torchvision.models import list_models, quantization
 
-from coco import CocoCaptions
-from config import TrainConfig
 from data_loader import image_loader, tokenize_all
-from distributed import pick_device
 from evaluate import caption_images
 from features import (
     default_batch_size,
     extract_features,
-    fingerprint,
     forward_batch,
     optimized_for_inference,
     reuse_freed_memory,
 )
 from images import eval_transform
-from model import CaptionModel, EncoderCNN
-from run import build_model, build_run
 from train import train_one_epoch
 from vocabulary import Vocabulary
-
-SIZES = {"embed_size": TrainConfig.embed_size, "hidden_size": TrainConfig.hidden_size}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a stage works on; small, so that it can be sent to another process."""
-
-    folder: str  # a temporary one, for all files that are written
-    images: str
-    captions: str
-    backbone: str = "resnet50"
-    weights: str | None = None
-    batch_size: int = 64
-    tokenized: int = 25_000  # captions in the vocabulary stage
-    decoded: int = 1_000  # images in the decoding stages
-
-    @property
-    def device(self):
-        return pick_device("auto")
-
-
-@dataclass
-class Work:
-    """`run(n)` works on n units and returns the number of items in them."""
-
-    run: Callable[[int], int]
-    smallest: int  # units of the first, untimed round
-    largest: int
-
-
-@cache
-def data(setting):
-    return CocoCaptions(setting.images, setting.captions)
-
-
-def some_paths(setting, count):
-    """`count` image files, repeated if there are fewer."""
-    return list(itertools.islice(itertools.cycle(data(setting).paths), count))
-
-
-def hide_output():
-    return contextlib.redirect_stdout(io.StringIO())
-
 
 # ---------------------------------------------------------------------------- vocabulary, images
 
@@ -119,13 +76,6 @@ def load_images(make_transform, setting):
 
 
 # ---------------------------------------------------------------------------- features
-
-
-@cache
-def encoder(setting):
-    torch.manual_seed(0)
-    network = EncoderCNN(SIZES["embed_size"], setting.backbone, setting.weights)
-    return network.to(setting.device).eval()
 
 
 def repeat_batch(encode, images, count):
@@ -193,41 +143,6 @@ def classic_feature_extraction(setting):
 # ---------------------------------------------------------------------------- training
 
 
-def train_config(setting, precision="auto"):
-    """The default options; validation is not measured and gets only a few images."""
-    validation = Path(setting.folder) / "validation.json"
-    if not validation.exists():
-        write_captions(validation, images=100)
-    return TrainConfig(
-        train_images=setting.images, train_captions=setting.captions, val_images=setting.images,
-        val_captions=str(validation), out=str(Path(setting.folder) / "run"),
-        cache_dir=setting.folder, backbone=setting.backbone, weights=setting.weights,
-        batch_size=setting.batch_size, precision=precision,
-    )  # fmt: skip
-
-
-def cache_random_features(config):
-    """Random features where `build_run(config)` looks for those that are already computed."""
-    torch.manual_seed(config.seed)  # the random weights of the run's CNN, which name the files
-    splits = [
-        CocoCaptions(config.train_images, config.train_captions),
-        CocoCaptions(config.val_images, config.val_captions),
-    ]
-    model = build_model(config, splits[0]).to(pick_device(config.device))
-    for split in splits:
-        name = fingerprint(model.encoder, split.paths, model.transform)
-        folder = Path(config.cache_dir) / f"features-{name}"
-        if not folder.exists():
-            write_features(folder, len(split), model.encoder.feature_size)
-
-
-@cache
-def training_run(setting, precision="auto"):
-    config = train_config(setting, precision)
-    cache_random_features(config)
-    return build_run(config)
-
-
 def train_last_batches(run, count):
     """Train on the last `count` batches of an epoch; returns the number of captions in them."""
     steps, captions = len(run.train_loader), len(run.train_loader.dataset)
@@ -243,16 +158,6 @@ def training(precision, setting):
     return Work(partial(train_last_batches, run), 2, len(run.train_loader))
 
 
-@cache
-def classic_loop(setting):
-    pairs = zip(data(setting).paths, data(setting).captions, strict=True)
-    paths = [path for path, captions in pairs for _ in captions]
-    return classic.ClassicLoop(
-        paths, data(setting).all_captions, setting.backbone, setting.device, **SIZES,
-        batch_size=setting.batch_size,
-    )  # fmt: skip
-
-
 def classic_training(setting):
     loop = classic_loop(setting)
 
@@ -265,20 +170,6 @@ def classic_training(setting):
 
 
 # ---------------------------------------------------------------------------- decoding
-
-
-@cache
-def captioner(setting):
-    """An untrained model whose captions nevertheless end after about eleven words.
-
-    The image enters it as in the classic loop, whose decoder loads the same weights.
-    """
-    torch.manual_seed(0)
-    run = training_run(setting)
-    config = replace(run.config.model_config(), inject="pre")
-    model = CaptionModel(run.model.vocab.words, config, setting.weights).to(setting.device)
-    end_at_length(model.decoder)
-    return model.eval()
 
 
 def decoding(beam_size, setting, count=None):

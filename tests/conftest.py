@@ -18,6 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from config import TrainConfig
+from distributed import resolve_precision
 
 settings.register_profile("patient", deadline=None)  # tests may be slow on a busy machine
 settings.load_profile("patient")
@@ -44,6 +45,24 @@ CAPTIONS = [
 def one_thread():
     """The tests are too small to benefit from more threads; OMP_NUM_THREADS overrides this."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+def supported(precision):
+    """ "float32" or "bfloat16", as `resolve_precision`; skips the test if this CPU has none."""
+    try:
+        return resolve_precision("cpu", precision)
+    except ValueError as unsupported:
+        pytest.skip(str(unsupported))
+
+
+class MakeFolder:
+    """An object whose unpickling creates a folder: code in a file that must not be run."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def calibrate(network):

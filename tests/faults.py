@@ -406,8 +406,8 @@ def memory(folder, epochs=20):
 def plot_memory(used, path):
     import matplotlib
 
-    matplotlib.use("Agg")
-    from plots import plt
+    matplotlib.use("Agg")  # renders to a file, without a display
+    import matplotlib.pyplot as plt
 
     ax = plt.subplots(figsize=(6, 2.5), layout="constrained")[1]
     ax.plot(range(1, len(used) + 1), used, marker="o", markersize=3)

@@ -9,7 +9,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import command_line, flag, tiny_config
+from conftest import MakeFolder, command_line, flag, tiny_config
 from PIL import Image
 
 from model import EncoderCNN
@@ -310,21 +310,11 @@ def test_missing_coco(tmp_path):
 # ---------------------------------------------------------------------------- PyTorch files
 
 
-class Code:
-    """An object whose unpickling creates a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.fixture
 def save(dataset):
     """Write a file with content of one kind; no code in it may be run afterwards."""
     network = EncoderCNN(16, "shufflenet_v2_x0_5", weights=None).backbone
-    contents = {"a list": [1], "code": Code(dataset / "unpickled")}
+    contents = {"a list": [1], "code": MakeFolder(dataset / "unpickled")}
 
     def save(path, kind):
         torch.save(contents.get(kind, network.state_dict()), path)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import calibrated_weights, command_line, tiny_config
+from conftest import calibrated_weights, command_line, supported, tiny_config
 
 import train
 from checkpoint import load_safely, lock_run_dir
-from distributed import resolve_precision
 from run import build_run
 from train import fit, main, schedule
 
@@ -37,11 +36,7 @@ def finished(shared_dataset):
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def uninterrupted(shared_dataset, request):
     """A run in each precision that this CPU supports."""
-    try:
-        resolve_precision("cpu", request.param)
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
-    return trained(shared_dataset, request.param, precision=request.param)
+    return trained(shared_dataset, request.param, precision=supported(request.param))
 
 
 def history_of(folder):

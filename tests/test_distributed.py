@@ -9,10 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import command_line, tiny_config
+from conftest import command_line, supported, tiny_config
 
 from checkpoint import load_safely
-from distributed import interleave, resolve_precision
+from distributed import interleave
 from train import main
 
 # ---------------------------------------------------------------------------- two processes
@@ -62,10 +62,7 @@ def runs(shared_dataset, request):
     """
     if sys.platform != "linux":
         pytest.skip("the processes are forked")
-    try:
-        resolve_precision("cpu", request.param)
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
+    supported(request.param)
     one, two = (
         tiny_config(shared_dataset, dropout=0.0, learning_rate=0.02, grad_accum_steps=2,
                     precision=request.param, out=f"{shared_dataset}/{request.param}-{number}",

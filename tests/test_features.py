@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import calibrated_weights
+from conftest import calibrated_weights, supported
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -184,13 +184,6 @@ def test_other_input_is_computed(paths, tmp_path, opened, change):
     assert opened == paths
     if change != "precision":  # the oracle computes in float32
         assert_right(found, encoder, paths, eval_transform(size))
-
-
-def supported(precision):
-    try:
-        return resolve_precision("cpu", precision)
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
 
 
 def test_precision_auto(encoder, paths):

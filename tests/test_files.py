@@ -16,7 +16,7 @@ import torch
 
 import files
 from checkpoint import save
-from files import atomic_write, file_lock
+from files import atomic_write, file_lock, write_text
 from vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +37,12 @@ def test_atomic_write(path):
         file.flush()
         assert path.read_bytes() == b"previous"
     assert path.read_bytes() == b"new" * 10_000
+
+
+def test_write_text(path):
+    """A text is written in UTF-8, whatever the locale."""
+    write_text(path, "a caf\u00e9 \u72ac")
+    assert path.read_bytes() == b"a caf\xc3\xa9 \xe7\x8a\xac"
 
 
 @pytest.mark.parametrize("error", [KeyError("no such word"), KeyboardInterrupt()], ids=repr)

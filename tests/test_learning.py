@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from conftest import supported
 
 from config import config_for
-from distributed import resolve_precision
 from evaluate import caption_dataset
 from run import build_run
 from synthetic import parse_scene, write_synthetic
@@ -27,10 +27,7 @@ def test_held_out_scenes(splits, tmp_path, precision):
 
     With seeds 0 to 9, 88.5 % to 93.5 % were right in float32, and 89.0 % to 95.0 % in bfloat16.
     """
-    try:
-        resolve_precision("cpu", precision)
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
+    supported(precision)
     config = config_for(
         "synthetic", splits, tmp_path / "out", precision=precision, weights=str(WEIGHTS),
         cache_dir=str(tmp_path / "cache"), device="cpu", epochs=4, grad_accum_steps=1,

@@ -4,18 +4,16 @@ The CNN is tested in test_backbones.py, decoding in test_decoding.py.
 """
 
 import functools
-import os
 from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
-from conftest import calibrated_weights
+from conftest import MakeFolder, calibrated_weights, supported
 from naive import NaiveDecoder
 from PIL import Image
 
 from checkpoint import export, load_safely, save
-from distributed import resolve_precision
 from images import BadImageError
 from layers import Dropout
 from losses import TeacherForcing
@@ -62,10 +60,7 @@ def overfitted(photos, **changes):
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def precision(request):
-    try:
-        return resolve_precision("cpu", request.param)
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
+    return supported(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +251,6 @@ def test_foreign_file(tmp_path, content):
     (tmp_path / "foreign.pt").write_bytes(content)
     with pytest.raises(ValueError, match="foreign.pt"):
         load_safely(tmp_path / "foreign.pt")
-
-
-class MakeFolder:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def test_checkpoint_with_code(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import calibrated_weights
+from conftest import calibrated_weights, supported
 
 import distributed
 from distributed import autocast, resolve_precision
@@ -88,6 +88,18 @@ def test_any_cpu_that_claims_bfloat16(monkeypatch, capability):
     assert model.decoder.lstm.weight_hh_l0.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_first_call_without_gradients(monkeypatch, no_gradients):
+    """The result, which is kept, does not depend on whether the first call has gradients."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    distributed._lstm_supports_bfloat16.cache_clear()
+    expected = resolve_precision("cpu", "auto")
+    distributed._lstm_supports_bfloat16.cache_clear()
+    with no_gradients():
+        assert resolve_precision("cpu", "auto") == expected
+    assert resolve_precision("cpu", "auto") == expected
+
+
 def recording(function, dtypes):
     """The function, which also adds the data type of its first result to `dtypes`."""
 
@@ -127,10 +139,7 @@ def test_one_precision(shared_dataset, tmp_path, monkeypatch, precision, activit
 
     A checkpoint keeps it, and `from_checkpoint` can override it.
     """
-    try:
-        expected = getattr(torch, resolve_precision("cpu", precision))
-    except ValueError as unsupported:
-        pytest.skip(str(unsupported))
+    expected = getattr(torch, supported(precision))
     paths = sorted((shared_dataset / "images").iterdir())[:2]
     for saved_in, override in ((precision, None), ("float32", precision)):
         torch.save(tiny_model(saved_in).checkpoint(), tmp_path / "best.pt")

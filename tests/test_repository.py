@@ -49,7 +49,9 @@ MAY_IMPORT = {
         "checkpoint", "coco", "config", "data_loader", "distributed", "features", "images",
         "losses", "model", "vocabulary",
     },
-    "train": {"checkpoint", "config", "distributed", "evaluate", "metrics", "model", "run"},
+    "train": {
+        "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"
+    },
 }  # fmt: skip
 NEEDS = {"download": {"tqdm"}, "decoding": {"torch"}, "model": {"torch", "PIL"}, "metrics": {
     "pycocoevalcap"}}  # fmt: skip

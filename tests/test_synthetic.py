@@ -5,7 +5,7 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
 
@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from torchvision.models import mobilenet_v3_small
 
 import synthetic
-from synthetic import make_captions, parse_scene, random_scene, render, write_synthetic
+from synthetic import is_wrong, make_captions, parse_scene, random_scene, render, write_synthetic
 
 SIZES = {"train": 8, "val": 4, "test": 4}
 # SHA-256 over the names and contents of all files of SIZES.
@@ -94,6 +94,14 @@ def test_an_object_named_twice_counts_twice():
     twice = parse_scene("a red cat, a blue cat and a red kitten on the beach")
     assert twice == ("beach", {("red", "cat"): 2, ("blue", "cat"): 1})
     assert twice != once and twice[1].keys() == once[1].keys()
+
+
+def test_wrong_captions(scenes, captions):
+    """A caption is right with respect to those of its own scene, and wrong for all others."""
+    for (scene, five), (other, others) in pairwise(zip(scenes, captions, strict=True)):
+        assert not is_wrong(five[0], five[1])
+        facts = [(s.background, {(t.colour, t.name) for t in s.things}) for s in (scene, other)]
+        assert is_wrong(five[0], others[0]) == (facts[0] != facts[1])
 
 
 def test_stated_relations_hold_in_the_pixels(scenes, captions):

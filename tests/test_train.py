@@ -249,16 +249,6 @@ def test_patience_starts_again(fit_with):
     assert fit_with(results, epochs=6, patience=2) == results
 
 
-def test_best_by_cider(dataset, monkeypatch):
-    """With `best_by="cider"` best.pt is the epoch with the highest validation CIDEr-D."""
-    cider = iter([0.1, 0.5, 0.3])
-    monkeypatch.setattr(train, "evaluate_captions", lambda *args: {"CIDEr-D": next(cider)})
-    run = build_run(tiny_config(dataset, best_by="cider", epochs=3))
-    assert [line["val_cider"] for line in fit(run)] == [0.1, 0.5, 0.3]
-    best = load_safely(dataset / "out" / "best.pt")["history"]
-    assert [line["val_cider"] for line in best] == [0.1, 0.5]
-
-
 # ---------------------------------------------------------------------------- --init-from
 
 

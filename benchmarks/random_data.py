@@ -1,7 +1,7 @@
-"""Made-up images, captions, features and a captioner: meaningless, but as costly as real ones.
+"""Random images, captions and features, and an untrained captioner, that cost what real ones do.
 
-write_images("images", 256)
-write_captions("captions.json", images=6091, files=256)     # 30,455 captions, ~2,600 words
+write_random_images("images", 256)
+write_random_captions("captions.json", images=6091, files=256)     # 30,455 captions, ~2,600 words
 """
 
 import itertools
@@ -19,16 +19,16 @@ CONSONANTS, VOWELS = "bdfghjklmnprstv", "aeiou"
 SYLLABLES = ["".join(letters) for letters in itertools.product(CONSONANTS, VOWELS, CONSONANTS)]
 
 
-def make_data(folder, quick):
+def write_random_data(folder, quick):
     """Write images and captions into `folder`: (folder of the images, captions file)."""
     files, images = (8, 400) if quick else (256, 6_091)
     image_dir, captions = Path(folder) / "images", Path(folder) / "captions.json"
-    write_images(image_dir, files)
-    write_captions(captions, images, files)
+    write_random_images(image_dir, files)
+    write_random_captions(captions, images, files)
     return str(image_dir), str(captions)
 
 
-def write_images(folder, count, size=(640, 480), seed=0):
+def write_random_images(folder, count, size=(640, 480), seed=0):
     """`count` JPEG files 0.jpg, 1.jpg, ..: smooth random colors with noise, about 60 kB each."""
     rng = np.random.default_rng(seed)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def make_captions(count, words=9_000, exponent=1.25, seed=0):
     return [" ".join(sentence).capitalize() + "." for sentence in sentences]
 
 
-def write_captions(path, images, files=1, captions=None, **settings):
+def write_random_captions(path, images, files=1, captions=None, **settings):
     """A captions file in COCO's format with five captions per image, or `captions` in all.
 
     Image i is the file (i % files).jpg, so that a few files can serve for many images.
@@ -73,11 +73,11 @@ def write_captions(path, images, files=1, captions=None, **settings):
         path,
         [{"id": i, "file_name": f"{i % files}.jpg"} for i in range(images)],
         [{"id": i, "image_id": i % images, "caption": text} for i, text in enumerate(texts)],
-        "made up for a benchmark",
+        "random captions for a benchmark",
     )
 
 
-def write_features(folder, images, feature_size, seed=0):
+def write_random_features(folder, images, feature_size, seed=0):
     """Random features (images, 1, feature_size), in the files that features.py would write."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
