@@ -1,12 +1,12 @@
-"""Decoding strategies: beam search (greedy is a beam of one) and sampling.
+"""Decoding strategies: beam search (greedy is a beam of one), diverse beam search, and sampling.
 
     decoded = beam_search(decoder, memory, beam_size=3)
     decoded.tokens         # (B, L) word indices up to and including <end>, then <pad>
 
-Both work with any decoder that has two methods:
+All work with any decoder that has two methods:
 
-    init_state(memory)                   -> state, a tuple of tensors (num_layers, B, ...)
-    step(tokens, state, memory)          -> logits (B, vocab_size), new state
+    init_state(memory)             -> state, a (nested) tuple of tensors (num_layers, B, ...)
+    step(tokens, state, memory)    -> logits (B, vocab_size), new state, attention (B, P) or None
 
 `memory` represents the images, for example as (B, embed_size); its first dimension is the batch.
 `<pad>`, `<start>` and `<unk>` are never generated: the probabilities of all other tokens are
@@ -29,10 +29,12 @@ class Decoded(NamedTuple):
     log_probs: torch.Tensor  # (B, L) log-probability of each token in nats, 0 for <pad>
     ended: torch.Tensor  # (B,) bool, False if <end> was not reached within max_len tokens
     scores: torch.Tensor  # (B,) sum of log_probs / length ** length_penalty
+    attention: torch.Tensor | None  # (B, L, P) with which each token was predicted; None without
 
 
 def generate(decoder, memory, beam_size=1, max_len=20, temperature=0.0, top_k=None,
-             length_penalty=LENGTH_PENALTY, n_best=None, generator=None) -> Decoded:  # fmt: skip
+             length_penalty=LENGTH_PENALTY, n_best=None, groups=1, diversity=0.5, constraint=None,
+             generator=None) -> Decoded:  # fmt: skip
     """Captions by `beam_search` (a beam of 1 is greedy decoding), or by `sample` if a temperature
     above 0 is given.
 
@@ -45,14 +47,15 @@ def generate(decoder, memory, beam_size=1, max_len=20, temperature=0.0, top_k=No
     if top_k is not None and not temperature:
         raise ValueError("top_k restricts sampling: it requires a temperature above 0")
     if temperature:
-        return sample(decoder, memory, max_len, temperature, top_k, generator)
-    return beam_search(decoder, memory, beam_size, max_len, length_penalty, n_best)
+        return sample(decoder, memory, max_len, temperature, top_k, constraint, generator)
+    return beam_search(
+        decoder, memory, beam_size, max_len, length_penalty, n_best, groups, diversity, constraint
+    )
 
 
 @torch.no_grad()
-def beam_search(
-    decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_PENALTY, n_best=None
-):
+def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_PENALTY,
+                n_best=None, groups=1, diversity=0.5, constraint=None) -> Decoded:  # fmt: skip
     """The most probable captions found by a beam search over all images at once.
 
     A beam holds the `beam_size` most probable prefixes of an image. A caption that ends leaves the
@@ -62,6 +65,13 @@ def beam_search(
 
     n_best: the number of captions per image (at most beam_size), best first; None: one, without
         the extra dimension. If fewer exist, the last ones are all `<pad>` with a score of -inf.
+    groups: divide the beam into so many groups, searched one after the other in each step (diverse
+        beam search, Vijayakumar et al., 2016, arXiv:1610.02424): a word is chosen as if its
+        log-probability were lower by `diversity` times the number of prefixes to which the earlier
+        groups that are still searching have just added it. Scores stay those of the model. Each
+        group contributes ceil(n_best / groups) captions, of which the n_best best are returned.
+    constraint: (N, t) tokens so far -> (N, vocab_size) bool, True for tokens that may not follow;
+        see constraints.py.
 
     Raises ValueError for invalid arguments, or if the model computes NaN.
     """
@@ -69,44 +79,60 @@ def beam_search(
         raise ValueError("beam_size, max_len and n_best must be at least 1, n_best <= beam_size")
     if not length_penalty >= 0:
         raise ValueError("length_penalty must be at least 0 (0: plain log-probability)")
-    n, device = n_best or 1, memory.device
-    batch = len(memory)
-    finished = _Beam.empty(batch, n, max_len, device)  # the best captions that have ended
-    beam = _Beam.empty(batch, 1, max_len, device)
+    if groups < 1 or beam_size % groups or not diversity >= 0:
+        raise ValueError("groups must divide beam_size, and diversity be at least 0")
+    batch, device = _batch_size_and_device(memory)
+    search = torch.arange(batch * groups, device=device)  # (A,) the searches in progress:
+    # search s is that of group s % groups for image s // groups
+    width, n = beam_size // groups, -(-(n_best or 1) // groups)
+    beam = _Beam.empty(len(search), 1, max_len, device)
     beam.scores.zero_()
-    image = torch.arange(batch, device=device)  # (A,) the images still being searched
-    state = decoder.init_state(memory)
-    tokens = image.new_full((batch, 1), START)  # (A, K) the last token of each prefix
+    finished = _Beam.empty(len(search), n, max_len, device)  # the best captions that have ended
+    tokens = search.new_full((len(search), 1), START)  # (A, K) the last token of each prefix
+    images = _select(memory, search // groups, 0)  # the memory of each prefix
+    state = decoder.init_state(images)
 
     for length in range(1, max_len + 1):
         k = tokens.size(1)
-        rows = image.repeat_interleave(k)  # (A*K,)
-        logits, state, _ = decoder.step(tokens.flatten(), state, memory[rows])
-        log_probs = _mask_and_normalize(logits).view(-1, k, logits.size(1))  # (A, K, V)
-        beam, tokens, parent = beam.extend(log_probs, beam_size, length)
+        logits, state, attention = decoder.step(tokens.flatten(), state, images)
+        log_probs = _mask_and_normalize(logits)  # (A*K, V)
+        if constraint is not None:
+            banned = constraint(beam.tokens[:, :, : length - 1].flatten(0, 1))
+            log_probs = log_probs.masked_fill(banned, -torch.inf)
+        log_probs = log_probs.view(-1, k, logits.size(1))  # (A, K, V)
+        choice = _choose(beam.scores, log_probs, width, search, groups, diversity)
+        beam = beam.extend(log_probs, choice, length, attention)
+        tokens, parent = beam.tokens[:, :, length - 1], choice // logits.size(1)
+        if length == 1 and attention is not None:
+            shape = (*finished.tokens.shape, attention.size(1))
+            finished = finished._replace(attention=attention.new_zeros(shape))
 
         ended = tokens == END
         penalized = beam.scores / length**length_penalty
-        finished.update(image, beam, penalized.masked_fill(~ended, -torch.inf))
+        finished.update(search, beam, penalized.masked_fill(~ended, -torch.inf))
         beam.scores.masked_fill_(ended, -torch.inf)
 
         # Scores only decrease, so that a prefix can reach at most this. When it cannot enter the
-        # n best, the search for its image is over.
+        # n best, the search is over.
         upper_bound = beam.scores.max(1).values / max_len**length_penalty
-        active = upper_bound > finished.scores[image, -1]
+        active = upper_bound > finished.scores[search, -1]
         if not active.any():
             break
-        rows = torch.arange(len(image), device=device).unsqueeze(1) * k + parent  # (A, K)
-        state = tuple(s.index_select(1, rows[active].flatten()) for s in state)
-        image, tokens, beam = image[active], tokens[active], beam.select(active)
-    return finished.fill(image, beam, length_penalty).result(squeeze=n_best is None)
+        rows = torch.arange(len(search), device=device).unsqueeze(1) * k + parent  # (A, K)
+        state = _select(state, rows[active].flatten(), 1)
+        if k != tokens.size(1) or not active.all():  # otherwise each prefix keeps its image
+            images = _select(images, rows[active].flatten(), 0)
+        search, tokens, beam = search[active], tokens[active], beam.select(active)
+    finished = finished.fill(search, beam, length_penalty)
+    return finished.result(groups, n_best)
 
 
 @torch.no_grad()
-def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=None):
+def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, constraint=None,
+           generator=None) -> Decoded:  # fmt: skip
     """Sampled captions: each word is sampled from softmax(log-probability / temperature).
 
-    top_k: sample from the `top_k` most probable words only.
+    top_k: sample from the `top_k` most probable words only. constraint: as in `beam_search`.
 
     The returned `log_probs` are those of the model (temperature 1), and `scores` are their sums.
 
@@ -114,23 +140,79 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=N
     """
     if max_len < 1 or not temperature > 0 or (top_k is not None and top_k < 1):
         raise ValueError("max_len and top_k must be at least 1, temperature greater than 0")
-    batch, device = len(memory), memory.device
+    batch, device = _batch_size_and_device(memory)
     state = decoder.init_state(memory)
     last = torch.full((batch,), START, device=device)  # (B,)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
-    tokens, log_probs = [], []
+    tokens, log_probs, attentions = [], [], []
     for _ in range(max_len):
-        logits, state, _ = decoder.step(last, state, memory)
-        distribution = _mask_and_normalize(logits)  # (B, V)
-        last = _sample_words(distribution, temperature, top_k, generator).masked_fill(ended, PAD)
+        logits, state, attention = decoder.step(last, state, memory)
+        distribution = allowed = _mask_and_normalize(logits)  # (B, V)
+        if constraint is not None:
+            so_far = torch.stack(tokens, 1) if tokens else last.new_zeros(batch, 0)
+            allowed = distribution.masked_fill(constraint(so_far), -torch.inf)
+        last = _sample_words(allowed, temperature, top_k, generator).masked_fill(ended, PAD)
         chosen = distribution.gather(1, last.unsqueeze(1)).squeeze(1)
         tokens.append(last)
         log_probs.append(chosen.masked_fill(ended, 0.0))
+        if attention is not None:
+            attentions.append(attention.masked_fill(ended.unsqueeze(1), 0.0))
         ended = ended | (last == END)
         if ended.all():
             break
     log_probs = torch.stack(log_probs, 1)  # (B, L)
-    return Decoded(torch.stack(tokens, 1), log_probs, ended, log_probs.sum(1))
+    attention = torch.stack(attentions, 1) if attentions else None  # (B, L, P)
+    return Decoded(torch.stack(tokens, 1), log_probs, ended, log_probs.sum(1), attention)
+
+
+def attention_maps(decoded: Decoded) -> list:
+    """The attention of each caption (without n_best), an array (words, H, W) or (words, P).
+
+    Raises ValueError if the decoder has no attention.
+    """
+    if decoded.attention is None:
+        raise ValueError("the model has no attention (train one with --inject attend)")
+    side = round(decoded.attention.size(2) ** 0.5)
+    maps = decoded.attention.float().cpu().numpy()  # (B, L, P)
+    words = decoded.tokens.ne(PAD).sum(1) - decoded.ended.long()
+    maps = [weights[:count] for weights, count in zip(maps, words.tolist(), strict=True)]
+    square = side * side == decoded.attention.size(2)
+    return [weights.reshape(-1, side, side) if square else weights for weights in maps]
+
+
+def _batch_size_and_device(memory):
+    while isinstance(memory, tuple):
+        memory = memory[0]
+    return len(memory), memory.device
+
+
+def _select(tensors, rows, dim):
+    """`index_select` of a tensor, or of each tensor in a nested tuple."""
+    if isinstance(tensors, tuple):
+        return tuple(_select(x, rows, dim) for x in tensors)
+    return tensors.index_select(dim, rows)
+
+
+def _choose(scores, log_probs, width, search, groups, diversity):
+    """The best continuations of each search: indices (A, width) into the K * V candidates.
+
+    scores: (A, K) of the prefixes; log_probs: (A, K, V) of their next words.
+    """
+    k, vocab_size = log_probs.shape[1:]
+    total = scores.unsqueeze(2) + log_probs  # (A, K, V)
+    width = min(width, k * vocab_size)
+    if groups == 1:
+        return total.flatten(1).topk(width).indices
+    image, counts = search // groups, log_probs.new_zeros(int(search[-1]) // groups + 1, vocab_size)
+    choice = search.new_zeros(len(search), width)
+    for group in range(groups):
+        rows = (search % groups == group).nonzero().squeeze(1)
+        penalty = diversity * counts[image[rows]].unsqueeze(1)  # (rows, 1, V)
+        choice[rows] = (total[rows] - penalty).flatten(1).topk(width).indices
+        chosen = choice[rows] % vocab_size
+        index = (image[rows].unsqueeze(1).expand_as(chosen), chosen)
+        counts.index_put_(index, counts.new_ones(()), accumulate=True)
+    return choice
 
 
 def _mask_and_normalize(logits):
@@ -154,51 +236,62 @@ def _sample_words(log_probs, temperature, top_k, generator):
 
 
 class _Beam(NamedTuple):
-    """K token sequences for each of B images."""
+    """K token sequences for each of A searches."""
 
-    tokens: torch.Tensor  # (B, K, max_len)
-    log_probs: torch.Tensor  # (B, K, max_len)
-    scores: torch.Tensor  # (B, K), -inf for an unused entry
-    ended: torch.Tensor  # (B, K)
+    tokens: torch.Tensor  # (A, K, max_len)
+    log_probs: torch.Tensor  # (A, K, max_len)
+    scores: torch.Tensor  # (A, K), -inf for an unused entry
+    ended: torch.Tensor  # (A, K)
+    attention: torch.Tensor | None = None  # (A, K, max_len, P)
 
     @classmethod
-    def empty(cls, batch, k, max_len, device):
+    def empty(cls, searches, k, max_len, device):
         return cls(
-            torch.full((batch, k, max_len), PAD, device=device),
-            torch.zeros(batch, k, max_len, device=device),
-            torch.full((batch, k), -torch.inf, device=device),
-            torch.zeros(batch, k, dtype=torch.bool, device=device),
+            torch.full((searches, k, max_len), PAD, device=device),
+            torch.zeros(searches, k, max_len, device=device),
+            torch.full((searches, k), -torch.inf, device=device),
+            torch.zeros(searches, k, dtype=torch.bool, device=device),
         )
 
     def select(self, rows):
-        return _Beam(*(field[rows] for field in self))
+        return _Beam(*(None if field is None else field[rows] for field in self))
 
-    def extend(self, log_probs, beam_size, length):
-        """The beam_size best continuations: new beam, last tokens (B, K), parents (B, K)."""
+    def take(self, index):
+        """The sequences `index` (A, N) of each search."""
+        rows = torch.arange(len(index), device=index.device).unsqueeze(1)
+        return _Beam(*(None if field is None else field[rows, index] for field in self))
+
+    def extend(self, log_probs, choice, length, attention=None):
+        """The continuations `choice` (A, N) of the K * V candidates with `log_probs` (A, K, V)."""
         k, vocab_size = log_probs.shape[1:]
-        total = (self.scores.unsqueeze(2) + log_probs).flatten(1)  # (B, K*V)
-        scores, index = total.topk(min(beam_size, k * vocab_size))
-        parent, last = index // vocab_size, index % vocab_size
-        rows = parent.unsqueeze(2)
-        tokens = self.tokens.take_along_dim(rows, 1)
-        history = self.log_probs.take_along_dim(rows, 1)
-        tokens[:, :, length - 1] = last
-        history[:, :, length - 1] = log_probs.flatten(1).gather(1, index)
-        return _Beam(tokens, history, scores, last == END), last, parent
+        parent, last = choice // vocab_size, choice % vocab_size
+        chosen = log_probs.flatten(1).gather(1, choice)
+        beam = self.take(parent)
+        beam.tokens[:, :, length - 1] = last
+        beam.log_probs[:, :, length - 1] = chosen
+        beam = beam._replace(scores=beam.scores + chosen, ended=last == END)
+        if attention is None:
+            return beam
+        attention = attention.unflatten(0, (-1, k)).take_along_dim(parent.unsqueeze(2), 1)
+        history = beam.attention
+        if history is None:
+            history = attention.new_zeros(*beam.tokens.shape, attention.size(2))
+        history[:, :, length - 1] = attention
+        return beam._replace(attention=history)
 
-    def update(self, image, beam, scores):
+    def update(self, search, beam, scores):
         """Merge with the sequences of `beam`, scored by `scores`, and keep the N best, in order."""
-        both = [torch.cat([a[image], b], 1) for a, b in zip(self, beam, strict=True)]
-        both[2] = torch.cat([self.scores[image], scores], 1)
-        best = both[2].topk(self.scores.size(1)).indices  # (A, N)
-        for field, candidates in zip(self, both, strict=True):
-            shape = best.shape + (1,) * (candidates.dim() - 2)
-            field[image] = candidates.take_along_dim(best.view(shape), 1)
+        both = zip(self.select(search), beam._replace(scores=scores), strict=True)
+        both = _Beam(*(None if old is None else torch.cat([old, new], 1) for old, new in both))
+        best = both.take(both.scores.topk(self.scores.size(1)).indices)
+        for field, values in zip(self, best, strict=True):
+            if field is not None:
+                field[search] = values
 
-    def fill(self, image, beam, length_penalty):
+    def fill(self, search, beam, length_penalty):
         """Fill unused entries with the best prefixes that have not ended."""
         max_len = self.tokens.size(2)
-        missing = self.scores[image] == -torch.inf  # (A, N)
+        missing = self.scores[search] == -torch.inf  # (A, N)
         order = beam.scores.argsort(1, descending=True)[:, : missing.size(1)]
         rank = (missing.cumsum(1) - 1).clamp(0, order.size(1) - 1)  # i-th best for the i-th entry
         choice = order.gather(1, rank)
@@ -206,16 +299,30 @@ class _Beam(NamedTuple):
         a, slot = usable.nonzero(as_tuple=True)
         source = choice[a, slot]
         for field, candidates in zip(self, beam, strict=True):
-            field[image[a], slot] = candidates[a, source]
-        self.scores[image[a], slot] /= max_len**length_penalty
+            if field is not None:
+                field[search[a], slot] = candidates[a, source]
+        self.scores[search[a], slot] /= max_len**length_penalty
         return self
 
-    def result(self, squeeze):
-        """Convert to `Decoded`, truncated to the longest caption; squeeze: without dimension K."""
-        unused = self.scores == -torch.inf
-        tokens = self.tokens.masked_fill(unused.unsqueeze(2), PAD)
+    def result(self, groups, n_best):
+        """Convert to `Decoded`: the best captions of each image, without padding common to all."""
+        beam = self
+        if groups > 1:  # of the searches of an image, (B, groups * N)
+            beam = _Beam(*(None if x is None else x.unflatten(0, (-1, groups)).flatten(1, 2)
+                           for x in self))  # fmt: skip
+            order = beam.scores.argsort(1, descending=True)
+            ended_first = beam.ended.gather(1, order).to(torch.uint8)
+            ended_first = ended_first.sort(1, descending=True, stable=True).indices
+            beam = beam.take(order.gather(1, ended_first)[:, : n_best or 1])
+        unused = beam.scores == -torch.inf
+        tokens = beam.tokens.masked_fill(unused.unsqueeze(2), PAD)
         longest = int((tokens != PAD).sum(2).max()) if tokens.numel() else 0
-        tokens, log_probs = tokens[:, :, :longest], self.log_probs[:, :, :longest]
-        log_probs = log_probs.masked_fill(tokens == PAD, 0.0)
-        fields = tokens, log_probs, self.ended & ~unused, self.scores
-        return Decoded(*(field[:, 0] if squeeze else field for field in fields))
+        tokens, log_probs = tokens[:, :, :longest], beam.log_probs[:, :, :longest]
+        padding, attention = tokens == PAD, beam.attention
+        if attention is not None:
+            attention = attention[:, :, :longest].masked_fill(padding.unsqueeze(3), 0.0)
+        log_probs, ended = log_probs.masked_fill(padding, 0.0), beam.ended & ~unused
+        fields = tokens, log_probs, ended, beam.scores, attention
+        if n_best is None:
+            fields = (None if field is None else field[:, 0] for field in fields)
+        return Decoded(*fields)

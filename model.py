@@ -228,14 +228,6 @@ class DecoderRNN(nn.Module):
             return decoding.generate(self, features, beam_size, max_len, **options)
 
 
-def build_decoder(config: ModelConfig, vocab_size):
-    """The decoder that `config` describes."""
-    c = config
-    if c.inject == "attend":
-        return AttentionDecoder(c.embed_size, c.hidden_size, vocab_size, c.dropout, c.num_heads)
-    return DecoderRNN(c.embed_size, c.hidden_size, vocab_size, c.num_layers, c.dropout, c.inject)
-
-
 # ---------------------------------------------------------------------------- captioning model
 
 
@@ -252,7 +244,11 @@ class CaptionModel(nn.Module):
             c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
             c.precision, c.image_norm, c.feature_dropout, pooled=c.inject != "attend",
         )  # fmt: skip
-        self.decoder = build_decoder(c, len(self.vocab))
+        sizes = c.embed_size, c.hidden_size, len(self.vocab)
+        if c.inject == "attend":
+            self.decoder = AttentionDecoder(*sizes, c.dropout, c.num_heads)
+        else:
+            self.decoder = DecoderRNN(*sizes, c.num_layers, c.dropout, c.inject)
 
     def checkpoint(self) -> dict:
         """What `from_checkpoint` needs: config, words and weights."""
@@ -291,7 +287,7 @@ class CaptionModel(nn.Module):
         return autocast(self.device, self.config.precision)
 
     def encode(self, images, precomputed=False):
-        """Images (B, 3, H, W), or precomputed features (B, P, feature_size) -> (B, embed_size)."""
+        """Images (B, 3, H, W), or features (B, P, feature_size) -> the memory of the decoder."""
         return self.encoder.project(images) if precomputed else self.encoder(images)
 
     def forward(self, images, captions):
@@ -302,7 +298,8 @@ class CaptionModel(nn.Module):
         """Captions of a batch as token ids; `options` are those of `decoding.generate`."""
         with eval_mode(self), self.autocast():
             images = images.to(self.decoder.linear.weight)  # device, and dtype of a converted model
-            return self.decoder.sample(self.encode(images, precomputed), **options)
+            memory = self.encode(images, precomputed)
+            return decoding.generate(self.decoder, memory, **options)
 
     def decode(self, decoded: decoding.Decoded) -> list:
         """Token ids as captions: a list of strings, or of lists of strings with `n_best`."""
@@ -310,18 +307,28 @@ class CaptionModel(nn.Module):
             return [[self.vocab.decode(ids) for ids in row] for row in decoded.tokens.tolist()]
         return [self.vocab.decode(ids) for ids in decoded.tokens.tolist()]
 
-    def caption(self, images, beam_size=None, max_len=20, batch_size=32, **options) -> list:
+    def preprocess(self, images):
+        """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""
+        return torch.stack([self.transform(image) for image in images])
+
+    def caption(self, images, beam_size=None, max_len=20, batch_size=32, return_attention=False,
+                **options) -> list:  # fmt: skip
         """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.
 
         `options` are those of `decoding.generate`; the beam size is 3 unless a temperature is
         given. With `n_best`, returns a list of strings per image. Raises BadImageError.
+
+        return_attention: also return a list with the attention weights of each image, (words, H, W)
+            if the P positions form a square, else (words, P); `<end>` is left out. Raises
+            ValueError if the model has no attention.
         """
         images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
         if beam_size is None:
             beam_size = 1 if options.get("temperature") else 3
-        captions = []
+        captions, maps = [], []
         for start in range(0, len(images), batch_size):
-            batch = torch.stack([self.transform(i) for i in images[start : start + batch_size]])
+            batch = self.preprocess(images[start : start + batch_size])
             decoded = self.generate(batch, beam_size=beam_size, max_len=max_len, **options)
             captions += self.decode(decoded)
-        return captions
+            maps += decoding.attention_maps(decoded) if return_attention else []
+        return (captions, maps) if return_attention else captions

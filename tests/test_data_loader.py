@@ -186,7 +186,7 @@ def test_every_image_once(data):
 def test_features_instead_of_images(data, vocab, mode, capsys):
     """Given features, batches have those of their images, also if images were left out."""
     smaller = data.without([0, 7])
-    features = np.arange(12, dtype=np.float16)[:, None, None] * [[[1, 10]]]
+    features = np.arange(12, dtype=np.float16)[:, None, None, None] * [[[[1, 10]]]]
     with_features = get_loader(smaller, vocab, mode, features=features, batch_size=4)
     with_images = get_loader(smaller, vocab, mode, transform=transform, batch_size=4)
     for (found, *rest), (images, *same) in zip(with_features, with_images, strict=True):
@@ -219,7 +219,8 @@ def test_loss_of_grouped_images(data, vocab):
     config = ModelConfig(backbone="shufflenet_v2_x0_5", image_size=64, embed_size=8, hidden_size=8,
                          dropout=0.0, precision="float32")  # fmt: skip
     model = CaptionModel(vocab.words, config, weights=None)
-    features = np.random.default_rng(0).normal(size=(12, 1, model.encoder.feature_size))
+    features = np.random.default_rng(0).normal(size=(12, 1, 1, model.encoder.feature_size))
+    features = features.astype(np.float32)
     loss, results = TeacherForcing(model, precomputed=True), []
     for group_images in (False, True):
         loader = train_loader(data, vocab, features=features, batch_size=5,
@@ -234,3 +235,16 @@ def test_unknown_mode(data, vocab):
     """An unknown mode is an error that lists the known ones."""
     with pytest.raises(ValueError, match="'valid'.*train, val, test"):
         get_loader(data, vocab, "valid", transform=transform)
+
+
+def test_random_view(data, vocab):
+    """Training draws each of an image's views; validation averages them."""
+    features = np.array([[[[n]], [[100 + n]]] for n in range(12)], np.float16)
+    drawn = {
+        feature
+        for loader in [train_loader(data, vocab, features=features, random_view=True)] * 20
+        for feature in torch.cat([images for images, *_ in loader]).flatten().tolist()
+    }
+    assert drawn == {*range(12), *range(100, 112)}
+    images, *_ = next(iter(val_loader(data, vocab, features=features)))
+    assert set(images.flatten().tolist()) == set(range(50, 62))

@@ -67,7 +67,7 @@ def assert_right(found, encoder, paths, transform=transform):
     """The oracle: one image at a time, without a cache."""
     encoder.eval()
     with torch.no_grad():
-        expected = torch.cat([encoder.forward_features(transform(p)[None]) for p in paths]).numpy()
+        expected = torch.cat([encoder.forward_views(transform(p)[None]) for p in paths]).numpy()
     assert found.shape == expected.shape and found[:].dtype == np.float16
     np.testing.assert_allclose(found[:], expected, rtol=2e-3, atol=1e-3)
 
@@ -81,7 +81,7 @@ def test_features(paths, tmp_path, pooled):
     encoder = new_encoder(pooled=pooled)
     found = extract_features(encoder, paths, transform, tmp_path, batch_size=5)
     assert_right(found.features, encoder, paths)
-    assert found.bad == {} and found.features.shape[1] == (1 if pooled else 4)
+    assert found.bad == {} and found.features.shape[2] == (1 if pooled else 4)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "densenet121"])
@@ -99,8 +99,8 @@ def test_folded_batch_norm(backbone):
     left = sum(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     assert left < len(norms) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules())
     with torch.no_grad():
-        expected = encoder.forward_features(images)
-        error = (folded.forward_features(images) - expected).abs().max() / expected.abs().max()
+        expected = encoder.forward_views(images)
+        error = (folded.forward_views(images) - expected).abs().max() / expected.abs().max()
     assert error < 1e-5
 
 
@@ -201,8 +201,8 @@ def grey(image, min_size):
 
 
 class Squared(EncoderCNN):
-    def forward_features(self, images):
-        return super().forward_features(images) ** 2
+    def forward_views(self, images):
+        return super().forward_views(images) ** 2
 
 
 def test_custom_transform_or_encoder(extract, paths):

@@ -31,23 +31,25 @@ MAY_IMPORT = {
     "coco": {"files"},
     "download": {"files"},
     "vocabulary": {"files"},
+    "attention": {"layers", "vocabulary"},
     "backbones": {"checkpoint"},
     "decoding": {"vocabulary"},
     "losses": {"vocabulary"},
     "data_loader": {"coco", "files", "vocabulary"},
     "splits": {"coco", "download", "synthetic"},
     "model": {
-        "backbones", "checkpoint", "decoding", "distributed", "images", "layers", "vocabulary"
+        "attention", "backbones", "checkpoint", "decoding", "distributed", "images", "layers",
+        "vocabulary",
     },
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "config": {"distributed", "model"},
     "evaluate": {
-        "coco", "data_loader", "distributed", "features", "files", "losses", "metrics", "model",
-        "vocabulary",
+        "coco", "data_loader", "distributed", "features", "files", "layers", "losses", "metrics",
+        "model", "vocabulary",
     },
     "run": {
-        "checkpoint", "coco", "config", "data_loader", "distributed", "features", "images",
-        "losses", "model", "vocabulary",
+        "backbones", "checkpoint", "coco", "config", "data_loader", "distributed", "features",
+        "images", "losses", "model", "vocabulary",
     },
     "train": {
         "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"
