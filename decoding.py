@@ -82,7 +82,7 @@ def beam_search(
         k = tokens.size(1)
         rows = image.repeat_interleave(k)  # (A*K,)
         logits, state, _ = decoder.step(tokens.flatten(), state, memory[rows])
-        log_probs = _mask_and_normalize(logits).view(-1, k, logits.size(1))  # (A, K, V)
+        log_probs = mask_and_normalize(logits).view(-1, k, logits.size(1))  # (A, K, V)
         beam, tokens, parent = beam.extend(log_probs, beam_size, length)
 
         ended = tokens == END
@@ -121,7 +121,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=N
     tokens, log_probs = [], []
     for _ in range(max_len):
         logits, state, _ = decoder.step(last, state, memory)
-        distribution = _mask_and_normalize(logits)  # (B, V)
+        distribution = mask_and_normalize(logits)  # (B, V)
         last = _sample_words(distribution, temperature, top_k, generator).masked_fill(ended, PAD)
         chosen = distribution.gather(1, last.unsqueeze(1)).squeeze(1)
         tokens.append(last)
@@ -133,7 +133,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, generator=N
     return Decoded(torch.stack(tokens, 1), log_probs, ended, log_probs.sum(1))
 
 
-def _mask_and_normalize(logits):
+def mask_and_normalize(logits):
     """Log-probabilities of the words that may be generated: (B, V) -> (B, V), float32."""
     logits = logits.float()
     logits[:, [PAD, START, UNK]] = -torch.inf

@@ -33,12 +33,13 @@ MAY_IMPORT = {
     "vocabulary": {"files"},
     "backbones": {"checkpoint"},
     "decoding": {"vocabulary"},
-    "losses": {"vocabulary"},
+    "rewards": {"vocabulary"},
     "data_loader": {"coco", "files", "vocabulary"},
     "splits": {"coco", "download", "synthetic"},
     "model": {
         "backbones", "checkpoint", "decoding", "distributed", "images", "layers", "vocabulary"
     },
+    "losses": {"decoding", "layers", "vocabulary"},
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "config": {"distributed", "model"},
     "evaluate": {
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     },
     "run": {
         "checkpoint", "coco", "config", "data_loader", "distributed", "features", "images",
-        "losses", "model", "vocabulary",
+        "losses", "model", "rewards", "vocabulary",
     },
     "train": {
         "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"
