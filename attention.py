@@ -14,7 +14,8 @@ in one call, and the attention at all its words is one matrix product.
 import torch
 from torch import nn
 
-from layers import Dropout
+import decoding
+from layers import Dropout, eval_mode
 from vocabulary import PAD
 
 HIDDEN_RATIO = 2  # the attention LSTM is this many times as narrow as the language LSTM
@@ -78,6 +79,11 @@ class AttentionDecoder(nn.Module):
         """
         hidden, state, attention = self.hidden(tokens.unsqueeze(1), state, memory)
         return self.linear(hidden.squeeze(1)), state, attention.squeeze(1)
+
+    def sample(self, memory, beam_size=1, max_len=20, **options) -> decoding.Decoded:
+        """Generate captions in eval mode; `options` are those of `decoding.generate`."""
+        with eval_mode(self):
+            return decoding.generate(self, memory, beam_size, max_len, **options)
 
     def hidden(self, tokens, state, memory, image_index=None):
         """(B, T) -> outputs (B, T, hidden_size), state, attention (B, T, P)."""

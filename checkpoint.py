@@ -294,7 +294,8 @@ def write_history(out, history):
     if not history:
         return
     write_text(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    table = [history[0].keys(), *(line.values() for line in history)]
+    columns = list(dict.fromkeys(name for line in history for name in line))
+    table = [columns, *([line.get(name, "") for name in columns] for line in history)]
     write_text(out / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
 
 

@@ -1,4 +1,4 @@
-"""The options of a training run: one dataclass for the notebooks and the command line.
+"""The options of a model and of a training run, for the notebooks and the command line.
 
 config_for("synthetic", find_splits("synthetic", "data/synthetic"), out="runs/x", epochs=3)
 parse_args(["--train-images", "train2017", ...])
@@ -11,17 +11,38 @@ import re
 from dataclasses import MISSING, dataclass, fields
 
 from distributed import PRECISIONS
-from model import INJECT_MODES, ModelConfig
 
 CHOICES = {
     "precision": PRECISIONS,
-    "inject": (*INJECT_MODES, "attend"),
+    "inject": ("pre", "par", "init", "attend"),
     "best_by": ("loss", "cider"),
+    "loss": ("cross-entropy", "self-critical"),
+    "schedule": ("one-cycle", "constant"),
 }
 AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads",
               "epochs", "batch_size", "grad_accum_steps", "min_word_freq")  # fmt: skip
-AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "seed")
+AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "xe_weight", "seed")
 ABOVE_0 = ("learning_rate", "grad_clip")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The architecture: everything but the words and the weights."""
+
+    backbone: str = "resnet50"  # a network of torchvision ("quantized_*" use int8), or timm/NAME
+    image_size: int | None = None  # side of the square input in pixels; none: the network's own
+    flip: bool = False  # use the features of each image and of its horizontal flip
+    no_image: bool = False  # replace the features by zeros: the no-image baseline
+    fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
+    embed_size: int = 256  # size of the word and image embeddings
+    image_norm: bool = False  # layer normalization of the image embedding
+    hidden_size: int = 512  # size of the LSTM state
+    num_layers: int = 1  # LSTM layers
+    dropout: float = 0.2  # on the word embeddings and the LSTM outputs
+    feature_dropout: float = 0.0  # on the features of the CNN
+    inject: str = "par"  # how the image enters the LSTM: par, pre, init or attend
+    num_heads: int = 8  # attention heads (of inject attend)
+    precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
 
 @dataclass(kw_only=True)
@@ -40,12 +61,16 @@ class TrainConfig(ModelConfig):
     epochs: int = 10  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
-    learning_rate: float = 2e-3  # maximum of a one-cycle schedule (AdamW)
+    learning_rate: float = 2e-3  # maximum of the schedule (AdamW)
+    schedule: str = "one-cycle"  # of the learning rate: one-cycle or constant
     weight_decay: float = 0.01  # of weight matrices; biases and embeddings do not decay
     grad_clip: float = 5.0  # maximum norm of the gradient
     patience: int = 4  # stop after this number of epochs without improvement
     best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
     init_from: str | None = None  # checkpoint whose weights the run starts from
+    loss: str = "cross-entropy"  # cross-entropy, or self-critical with the defaults SELF_CRITICAL
+    samples: int = 5  # captions sampled per image in self-critical training
+    xe_weight: float = 0.0  # of the cross-entropy that is added to the self-critical loss
     seed: int = 0  # of initialization, data order and dropout
     # machine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -67,6 +92,7 @@ class TrainConfig(ModelConfig):
             (ABOVE_0, lambda x: x > 0, "greater than 0"),
             (("dropout", "feature_dropout"), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
             (("seed",), lambda x: x < 2**32, "less than 2**32"),
+            (("samples",), lambda x: x >= 2, "at least 2"),
         ):
             for name in names:
                 if getattr(self, name) is not None and not valid(getattr(self, name)):
@@ -78,11 +104,22 @@ class TrainConfig(ModelConfig):
                 )
         if self.no_image and self.fine_tune:
             raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
+        if self.loss == "self-critical":
+            self.check_self_critical()
+
+    def check_self_critical(self):
+        if self.init_from is None:
+            raise ValueError("self-critical training starts from a trained model: give --init-from")
+        if self.dropout or self.feature_dropout or self.best_by != "cider":
+            raise ValueError(
+                "self-critical training requires --dropout 0, --feature-dropout 0 and --best-by "
+                "cider, which are its defaults"
+            )
 
     @property
     def group_images(self) -> bool:
         """Whether a training batch contains images with all their captions, each image once."""
-        return self.inject == "attend" or self.fine_tune
+        return self.inject == "attend" or self.fine_tune or self.loss == "self-critical"
 
     @property
     def batches_per_update(self) -> int:
@@ -102,13 +139,28 @@ PRESETS = {
     },
 }  # fmt: skip
 
+# Self-critical training improves a trained model in small steps.
+SELF_CRITICAL = {
+    "learning_rate": 5e-5, "schedule": "constant", "weight_decay": 0.0, "dropout": 0.0,
+    "feature_dropout": 0.0, "best_by": "cider",
+}  # fmt: skip
+
 
 def config_for(dataset, splits, out, **changes) -> TrainConfig:
-    """The config for one of `splits.DATASETS`, given its `find_splits`; `changes` override it."""
+    """The config for one of `splits.DATASETS`, given its `find_splits`; `changes` override it.
+
+    With `loss="self-critical"`, SELF_CRITICAL overrides the preset of the dataset.
+    """
     names = ("train_images", "train_captions", "val_images", "val_captions")
     files = [str(path) for split in ("train", "val") for path in splits[split]]
     options = {**dict(zip(names, files, strict=True)), "out": str(out)}
-    return TrainConfig(**{**options, **PRESETS.get(dataset, {}), **changes})
+    presets = PRESETS.get(dataset, {}) | defaults_of(changes.get("loss"))
+    return TrainConfig(**{**options, **presets, **changes})
+
+
+def defaults_of(loss) -> dict:
+    """The options whose defaults depend on the loss."""
+    return SELF_CRITICAL if loss == "self-critical" else {}
 
 
 def parse_args(arguments=None) -> TrainConfig:
@@ -130,6 +182,7 @@ def parse_args(arguments=None) -> TrainConfig:
             if field.type == int | None:
                 options["type"] = integer_or_none
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.set_defaults(**defaults_of(parser.parse_args(arguments).loss))
     return TrainConfig(**vars(parser.parse_args(arguments)))
 
 

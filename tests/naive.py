@@ -185,3 +185,41 @@ def beam_search(language_model, beam_size, max_len, length_penalty, n_best=1):
     ranking = sorted(ended, key=lambda h: h.score(length_penalty), reverse=True) + beam
     scores = [h.score(length_penalty) for h in ranking[: n_best + 1]]
     return ranking[:n_best], min([*margins, *np.abs(np.diff(scores))])
+
+
+def diverse_beam_search(language_model, groups, width, diversity, max_len, length_penalty, n):
+    """(the n best hypotheses of each group, ended ones first; smallest margin).
+
+    A group stops when its best prefix cannot enter its n best any more.
+    """
+    beams, ended = [[Hypothesis([], [])] for _ in range(groups)], [[] for _ in range(groups)]
+    margins = [np.inf]
+    for _ in range(max_len):
+        counts = {}
+        for group in range(groups):
+            longer = [
+                (sum(log_probs) + log_prob - diversity * counts.get(token, 0),
+                 Hypothesis([*tokens, token], [*log_probs, log_prob]))
+                for tokens, log_probs in beams[group]
+                for token, log_prob in enumerate(language_model(tokens))
+                if log_prob > -np.inf
+            ]  # fmt: skip
+            longer.sort(key=lambda pair: pair[0], reverse=True)
+            if len(longer) > width:
+                margins.append(longer[width - 1][0] - longer[width][0])
+            kept = [hypothesis for _, hypothesis in longer[:width]]
+            for hypothesis in kept:
+                token = hypothesis.tokens[-1]
+                counts[token] = counts.get(token, 0) + 1
+            ended[group] += [h for h in kept if h.ended]
+            ended[group].sort(key=lambda h: h.score(length_penalty), reverse=True)
+            beams[group] = [h for h in kept if not h.ended]
+            best = max((sum(h.log_probs) for h in beams[group]), default=-np.inf)
+            if len(ended[group]) >= n:
+                margin = best / max_len**length_penalty - ended[group][n - 1].score(length_penalty)
+                margins.append(abs(margin))
+                if margin <= 0:
+                    beams[group] = []
+    scores = [h.score(length_penalty) for of_group in ended for h in of_group[: n + 1]]
+    found = [(of_group + beam)[:n] for of_group, beam in zip(ended, beams, strict=True)]
+    return found, min([*margins, *np.abs(np.diff(sorted(scores)))])

@@ -55,10 +55,10 @@ def ctrl_c():
 def interrupt_at(monkeypatch, config, epoch, interrupt=ctrl_c):
     """Call `interrupt` in an optimizer step after `epoch` epochs."""
 
-    def interrupting(progress):
+    def interrupting(progress, shape):
         if progress * config.epochs >= epoch:
             interrupt()
-        return schedule(progress)
+        return schedule(progress, shape)
 
     monkeypatch.setattr(train, "schedule", interrupting)
 

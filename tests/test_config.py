@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, fields, replace
 import pytest
 from conftest import command_line
 
-from config import PRESETS, TrainConfig, config_for, parse_args
+from config import PRESETS, SELF_CRITICAL, TrainConfig, config_for, parse_args
 from model import ModelConfig
 from splits import DATASETS
 
@@ -24,7 +24,8 @@ def test_every_option_has_a_flag(field):
     """Every option can be set by its flag."""
     config = TrainConfig(**REQUIRED)
     value = getattr(config, field.name)
-    choices = {"precision": "float32", "inject": "pre", "best_by": "cider", "image_size": 96}
+    choices = {"precision": "float32", "inject": "pre", "best_by": "cider", "image_size": 96,
+               "loss": "self-critical", "schedule": "constant"}  # fmt: skip
     if field.name in choices:
         other = choices[field.name]
     elif isinstance(value, bool):
@@ -33,7 +34,8 @@ def test_every_option_has_a_flag(field):
         other = value + 0.5
     else:
         other = value + 1 if isinstance(value, int) else f"{value}.x"
-    changed = replace(config, **{field.name: other})
+    required = {"init_from": "best.pt", **SELF_CRITICAL} if field.name == "loss" else {}
+    changed = replace(config, **required, **{field.name: other})
     assert parse_args(command_line(changed)) == changed != config
 
 

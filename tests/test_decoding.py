@@ -1,15 +1,17 @@
 """Decoding strategies: beam search, greedy decoding and sampling, compared with naive.py."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 import torch
 from naive import (
     END,
+    START,
     Hypothesis,
     NaiveDecoder,
     beam_search,
+    diverse_beam_search,
     greedy,
     log_softmax,
     without_special_tokens,
@@ -17,6 +19,7 @@ from naive import (
 
 import decoding
 from decoding import Decoded
+from ensemble import EnsembleDecoder
 from model import INJECT_MODES, DecoderRNN
 
 
@@ -142,7 +145,7 @@ class Bigrams:
         return ()
 
     def step(self, tokens, state, memory):
-        return self.table[tokens] + memory, state
+        return self.table[tokens] + memory, state, None
 
 
 def test_any_decoder():
@@ -157,6 +160,120 @@ def test_any_decoder():
 
     decoded = decoding.beam_search(Bigrams(table), memory, beam_size=4, max_len=6, n_best=3)
     assert_equal(decoded, [beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
+
+
+@pytest.mark.parametrize("groups, width", [(2, 1), (2, 2), (3, 2), (4, 1)])
+@pytest.mark.parametrize("diversity", [0.0, 0.5, 3.0])
+def test_diverse_beam_search(groups, width, diversity):
+    """Groups choose as in a naive search, and the best of them all are returned in order."""
+    n_best, clear = groups * width, 0
+    for seed in range(6):
+        decoder, features = random_decoder(seed, vocab_size=9, images=4)
+        decoded = decoder.sample(features, n_best, max_len=7, n_best=n_best, groups=groups,
+                                 diversity=diversity)  # fmt: skip
+        for image, model in enumerate(language_models(decoder, features)):
+            found, margin = diverse_beam_search(model, groups, width, diversity, 7, 0.7, width)
+            expected = sorted((h for of_group in found for h in of_group),
+                              key=lambda h: (h.ended, h.score(0.7)), reverse=True)  # fmt: skip
+            if margin < 1e-4:  # groups without a penalty find the same captions, which is a tie
+                continue
+            clear += 1
+            tokens = [[t for t in row if t] for row in decoded.tokens[image].tolist()]
+            assert tokens == [h.tokens for h in expected]
+            np.testing.assert_allclose(
+                decoded.scores[image], [h.score(0.7) for h in expected], atol=1e-4
+            )
+    assert clear >= 3 or diversity == 0
+
+
+def test_groups_differ():
+    """With a large penalty, no two groups begin with the same word."""
+    decoder, features = uncertain_decoder(images=20)
+    first = decoder.sample(features, 4, n_best=4, groups=4, diversity=100.0).tokens[:, :, 0]
+    assert all(len(set(row)) == 4 for row in first.tolist())
+
+
+def not_after(tokens):
+    """A constraint: no token directly after itself, and token 5 nowhere."""
+    banned = torch.zeros(len(tokens), 9, dtype=torch.bool)
+    banned[:, 5] = True
+    if tokens.size(1):
+        banned.scatter_(1, tokens[:, -1:], True)
+    return banned
+
+
+def test_constraint():
+    """A constraint excludes tokens in the beam search as in a naive one, and in sampling."""
+    for seed in range(6):
+        decoder, features = random_decoder(seed)
+
+        def constrained(model):
+            def language_model(tokens):
+                log_probs = model(tokens).copy()
+                log_probs[[5, *tokens[-1:]]] = -np.inf
+                return log_probs
+
+            return language_model
+
+        models = [constrained(model) for model in language_models(decoder, features)]
+        searches = [beam_search(model, 3, 6, 0.7, 2) for model in models]
+        decoded = decoder.sample(features, 3, max_len=6, n_best=2, constraint=not_after)
+        assert_equal(decoded, searches)
+        sampled = decoder.sample(features, temperature=1.0, max_len=6, constraint=not_after)
+        for row in sampled.tokens.tolist():
+            assert 5 not in row and all(a != b or a == 0 for a, b in pairwise(row))
+
+
+def test_ensemble():
+    """An ensemble searches with the mean of its members' log-probabilities, normalized."""
+    for seed in range(6):
+        members = [
+            random_decoder(seed + 50 * i, inject) for i, inject in enumerate(("par", "init"))
+        ]
+        models = zip(*(language_models(*member) for member in members), strict=True)
+
+        def mean(both):
+            return lambda tokens: log_softmax(sum(model(tokens) for model in both) / 2)
+
+        searches = [beam_search(mean(both), 3, 6, 0.7, 2) for both in models]
+        decoders, memory = zip(*members, strict=True)
+        for decoder in decoders:
+            decoder.eval()
+        decoded = decoding.beam_search(EnsembleDecoder(decoders), memory, 3, 6, n_best=2)
+        assert_equal(decoded, searches)
+
+
+class Prefixes(Bigrams):
+    """Its attention, over five positions, is determined by all tokens so far."""
+
+    def init_state(self, memory):
+        return (torch.zeros(1, len(memory), dtype=torch.int64),)
+
+    @staticmethod
+    def attention(number):
+        return torch.nn.functional.one_hot(number % 5, 5) * 0.5 + 0.1
+
+    def step(self, tokens, state, memory):
+        number = state[0][0] * 31 + tokens
+        logits, _, _ = super().step(tokens, state, memory)
+        return logits, (number.unsqueeze(0),), self.attention(number)
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_size": 4}, {"beam_size": 4, "n_best": 3},
+                                     {"beam_size": 4, "n_best": 4, "groups": 2},
+                                     {"temperature": 1.0}], ids=str)  # fmt: skip
+def test_attention_follows_the_beam(options):
+    """The attention of each token is that of its own prefix, also after the beam was reordered."""
+    torch.manual_seed(9)
+    decoder = Prefixes(torch.randn(8, 8))
+    decoded = decoding.generate(decoder, torch.randn(20, 8), max_len=7, **options)
+    tokens, attention = decoded.tokens.flatten(0, -2), decoded.attention.flatten(0, -3)
+    assert attention.shape == (*tokens.shape, 5)
+    for row, weights in zip(tokens.tolist(), attention, strict=True):
+        number = torch.tensor(START)
+        for token, found in zip(row, weights, strict=True):
+            torch.testing.assert_close(found, Prefixes.attention(number) * (token != 0))
+            number = number * 31 + token
 
 
 # ---------------------------------------------------------------------------- sampling

@@ -223,6 +223,7 @@ def test_diagnostics_by_hand():
     assert diagnostics(captions, ["A dog!", "the cat runs"], words, tokenize) == {
         "distinct": 3 / 4,
         "copied from train": 2 / 4,
+        "bad endings": 0,
         "vocabulary used": 4,
         "vocabulary size": 8,
         "mean length": 10 / 4,

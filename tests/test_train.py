@@ -76,7 +76,7 @@ def test_every_group_follows_the_schedule(dataset):
     rates, steps = [], len(run.train_loader)
     for _ in range(2):
         train_one_epoch(run, lambda _: rates.append([g["lr"] for g in run.optimizer.param_groups]))
-        run.progress.history.append({})
+        run.progress.history.append({"epoch": run.progress.epoch + 1})
         run.progress.step = 0
     ends = [epoch + min(step + 2, steps) / steps for epoch in (0, 1) for step in range(0, steps, 2)]
     factors = [schedule(end / 2) for end in ends]
@@ -218,6 +218,11 @@ def test_report(finished):
 # ---------------------------------------------------------------------------- the best epoch
 
 
+def captions_with(cider):
+    """What `evaluate_captions` returns of this."""
+    return {"CIDEr-D": cider, "distinct": 1.0, "bad endings": 0.0}
+
+
 @pytest.fixture(params=["loss", "cider"])
 def fit_with(request, dataset, monkeypatch):
     """Train with given validation results, better the lower, in place of those of the model."""
@@ -225,7 +230,7 @@ def fit_with(request, dataset, monkeypatch):
     def run(results, **options):
         left = iter(results)
         if request.param == "cider":
-            monkeypatch.setattr(train, "evaluate_captions", lambda *_: {"CIDEr-D": -next(left)})
+            monkeypatch.setattr(train, "evaluate_captions", lambda *_: captions_with(-next(left)))
         else:
             monkeypatch.setattr(train, "evaluate_loss", lambda *_: (next(left) * 10, 10))
         history = fit(build_run(tiny_config(dataset, best_by=request.param, **options)))
