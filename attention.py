@@ -25,8 +25,10 @@ class AttentionDecoder(nn.Module):
     """Two LSTMs with multi-head scaled dot-product attention (Vaswani et al., 2017) between them.
 
     At each step the attention LSTM reads the word and the mean value of the image; its output is
-    the query. The language LSTM reads that output and the attended value, and the logits of the
-    next word are computed from its output and, through a linear layer, from its input.
+    the query. The language LSTM reads that output and the attended value. Its output and, through a
+    linear layer, its input are projected to an embedding, whose products with the embeddings of all
+    words are the logits of the next word: input and output share their embeddings (Press & Wolf,
+    2017, arXiv:1608.05859).
 
     memory: (B, P, 2 * embed_size), for each of P positions its key and its value, each of size
         embed_size: what an `EncoderCNN` with `pooled=False` returns.
@@ -46,7 +48,10 @@ class AttentionDecoder(nn.Module):
         self.language_lstm = nn.LSTM(attention_size + embed_size, hidden_size, batch_first=True)
         self.shortcut = nn.Linear(attention_size + embed_size, hidden_size)
         self.dropout = Dropout(dropout)
-        self.linear = nn.Linear(hidden_size, vocab_size)
+        self.projection = nn.Linear(hidden_size, embed_size)
+        self.linear = nn.Linear(embed_size, vocab_size)
+        self.linear.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=embed_size**-0.5)
         for lstm in (self.attention_lstm, self.language_lstm):
             size = lstm.hidden_size  # forget-gate bias 1 (Jozefowicz et al., 2015)
             nn.init.ones_(lstm.bias_ih_l0.data[size : 2 * size])
@@ -61,7 +66,7 @@ class AttentionDecoder(nn.Module):
         hidden, _, _ = self.hidden(captions[:, :-1], None, memory, image_index)
         if positions is not None:
             hidden = hidden.flatten(0, 1).index_select(0, positions)  # (N, hidden_size)
-        return self.linear(hidden)
+        return self.logits(hidden)
 
     def init_state(self, memory):
         """(B, P, 2 * embed_size) -> (h, c, h, c) of the two LSTMs, each (1, B, size): zeros."""
@@ -78,7 +83,11 @@ class AttentionDecoder(nn.Module):
         predicted, averaged over the heads.
         """
         hidden, state, attention = self.hidden(tokens.unsqueeze(1), state, memory)
-        return self.linear(hidden.squeeze(1)), state, attention.squeeze(1)
+        return self.logits(hidden.squeeze(1)), state, attention.squeeze(1)
+
+    def logits(self, hidden):
+        """(.., hidden_size) -> (.., vocab_size)."""
+        return self.linear(self.projection(hidden))
 
     def sample(self, memory, beam_size=1, max_len=20, **options) -> decoding.Decoded:
         """Generate captions in eval mode; `options` are those of `decoding.generate`."""
@@ -92,7 +101,8 @@ class AttentionDecoder(nn.Module):
         mean, keys, values = values.mean(1), self.split_heads(keys), self.split_heads(values)
         if image_index is not None:
             mean, keys, values = (x.index_select(0, image_index) for x in (mean, keys, values))
-        words = self.dropout(self.embedding(tokens))  # (B, T, embed_size)
+        # Scaled like the other inputs: as weights of the logits the embeddings are small.
+        words = self.dropout(self.embedding(tokens) * self.embed_size**0.5)  # (B, T, embed_size)
         mean = mean.unsqueeze(1).expand(-1, words.size(1), -1)
         queries, first = self.attention_lstm(torch.cat([words, mean], -1), first)
         attended, weights = self.attend(self.query(queries), keys, values)

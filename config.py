@@ -22,6 +22,7 @@ CHOICES = {
 AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads",
               "epochs", "batch_size", "grad_accum_steps", "min_word_freq")  # fmt: skip
 AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "xe_weight", "seed")
+FRACTIONS = ("dropout", "feature_dropout", "label_smoothing")
 ABOVE_0 = ("learning_rate", "grad_clip")
 
 
@@ -57,7 +58,7 @@ class TrainConfig(ModelConfig):
     weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
-    random_flip: bool = False  # with --flip: draw one of both at random instead of averaging
+    random_flip: bool = False  # draw the image or its flip at random instead of averaging both
     epochs: int = 10  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
@@ -69,6 +70,7 @@ class TrainConfig(ModelConfig):
     best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
     init_from: str | None = None  # checkpoint whose weights the run starts from
     loss: str = "cross-entropy"  # cross-entropy, or self-critical with the defaults SELF_CRITICAL
+    label_smoothing: float = 0.0  # of the cross-entropy's targets
     samples: int = 5  # captions sampled per image in self-critical training
     xe_weight: float = 0.0  # of the cross-entropy that is added to the self-critical loss
     seed: int = 0  # of initialization, data order and dropout
@@ -90,7 +92,7 @@ class TrainConfig(ModelConfig):
             (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
             (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
             (ABOVE_0, lambda x: x > 0, "greater than 0"),
-            (("dropout", "feature_dropout"), lambda x: 0 <= x < 1, "at least 0 and less than 1"),
+            (FRACTIONS, lambda x: 0 <= x < 1, "at least 0 and less than 1"),
             (("seed",), lambda x: x < 2**32, "less than 2**32"),
             (("samples",), lambda x: x >= 2, "at least 2"),
         ):

@@ -21,10 +21,16 @@ class TeacherForcing(nn.Module):
     A module, so that DistributedDataParallel can wrap it. Computes in the model's precision.
     """
 
-    def __init__(self, model, precomputed=False):
-        """precomputed: batches contain features (B, P, C) instead of images (B, 3, H, W)."""
+    def __init__(self, model, precomputed=False, label_smoothing=0.0):
+        """precomputed: batches contain features (B, P, C) instead of images (B, 3, H, W).
+
+        label_smoothing: in training mode, the gradient is that of the cross-entropy with this much
+            of a uniform distribution in the targets (Szegedy et al., 2016, arXiv:1512.00567). The
+            value remains the negative log-likelihood.
+        """
         super().__init__()
         self.model, self.precomputed = model, precomputed
+        self.label_smoothing = label_smoothing
 
     def forward(self, images, captions, lengths=None, image_index=None):
         """The negative log-likelihood in nats, summed over the batch, and the number of targets.
@@ -38,7 +44,8 @@ class TeacherForcing(nn.Module):
         """
         with self.model.autocast():
             memory = self.model.encode(to_device(images, self.model), self.precomputed)
-            return cross_entropy(self.model, memory, captions, lengths, image_index)
+            smoothing = self.label_smoothing if self.training else 0.0
+            return cross_entropy(self.model, memory, captions, lengths, image_index, smoothing)
 
 
 class SelfCritical(nn.Module):
@@ -109,12 +116,15 @@ def leave_one_out(rewards):
     return rewards - others / (rewards.size(1) - 1)
 
 
-def cross_entropy(model, memory, captions, lengths=None, image_index=None):
+def cross_entropy(model, memory, captions, lengths=None, image_index=None, smoothing=0.0):
     """The loss of `TeacherForcing`, given the encoded images: (sum, number of targets)."""
     nll = tokens = 0
     for logits, targets, _ in decode(model, memory, captions, lengths, image_index):
-        nll = nll + F.cross_entropy(logits.float(), targets, reduction="sum")
-        tokens += len(targets)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        if smoothing:  # the value without smoothing, the gradient with it
+            loss = loss + (F.cross_entropy(logits, targets, reduction="sum") - loss).detach()
+        nll, tokens = nll + loss, tokens + len(targets)
     return nll, nll.new_tensor(tokens)
 
 

@@ -176,7 +176,7 @@ def exclude_bad_images(splits, bad, skip):
 def build_loss(config, model, dataset):
     """(the loss, its reward or None, how many numbers it returns)."""
     if config.loss == "cross-entropy":
-        return TeacherForcing(model, precomputed=not config.fine_tune), None, 2
+        return TeacherForcing(model, not config.fine_tune, config.label_smoothing), None, 2
     reward = CiderD(dataset.ids, dataset.lengths, dataset.image_rows, len(model.vocab))
     loss = SelfCritical(
         model, reward, not config.fine_tune, samples=config.samples, xe_weight=config.xe_weight

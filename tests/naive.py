@@ -116,7 +116,8 @@ class NaiveAttentionDecoder(NaiveDecoder):
         """The logits of the next token, the new state, and the attention (P,)."""
         keys, values = np.split(np.asarray(image, dtype=np.float64), 2, axis=1)
         first, second = state
-        word = self.weights["embedding.weight"][token]
+        embeddings = self.weights["embedding.weight"]
+        word = embeddings[token] * np.sqrt(embeddings.shape[1])
         first = self.lstm("attention_lstm", np.concatenate([word, values.mean(0)]), first)
         query = self.linear("query", first[0])
         attended, attention, size = [], np.zeros(len(keys)), len(query) // self.heads
@@ -128,8 +129,8 @@ class NaiveAttentionDecoder(NaiveDecoder):
             attention += weights / self.heads
         inputs = np.concatenate([first[0], *attended])
         second = self.lstm("language_lstm", inputs, second)
-        logits = self.linear("linear", second[0] + self.linear("shortcut", inputs))
-        return logits, [first, second], attention
+        hidden = self.linear("projection", second[0] + self.linear("shortcut", inputs))
+        return embeddings @ hidden + self.weights["linear.bias"], [first, second], attention
 
     def teacher_forcing(self, image, caption):
         state, rows = self.init_state(image), []

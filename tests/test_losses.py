@@ -79,3 +79,24 @@ def test_grouped_images(model, features):
     torch.testing.assert_close(
         loss(features, CAPTIONS, image_index=index), loss(features[index], CAPTIONS)
     )
+
+
+def test_label_smoothing(model, features):
+    """In training, the gradient is that of smoothed targets; the value is always the likelihood."""
+    loss = TeacherForcing(model, precomputed=True, label_smoothing=0.2)
+    plain, _ = TeacherForcing(model, precomputed=True)(features, CAPTIONS)
+    model.decoder.dropout.p = 0.0
+    weight = model.decoder.linear.weight
+    for training in (False, True):
+        loss.train(training)
+        nll, _ = loss(features, CAPTIONS)
+        torch.testing.assert_close(nll, plain)
+        logits = model.decoder(model.encode(features, precomputed=True), CAPTIONS)
+        log_probs, targets = logits.log_softmax(2), CAPTIONS[:, 1:]
+        smooth = torch.nn.functional.one_hot(targets, len(WORDS)).float()
+        if training:
+            smooth = 0.8 * smooth + 0.2 / len(WORDS)
+        expected = -(smooth * log_probs * (targets != 0).unsqueeze(2)).sum()
+        found, right = (torch.autograd.grad(x, weight)[0] for x in (nll, expected))
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    model.eval()
