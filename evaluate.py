@@ -2,6 +2,8 @@
 
     python evaluate.py runs/x/best.pt val2017 --captions annotations/captions_val2017.json
     python evaluate.py runs/x/best.pt my_photos --results captions.json
+    python evaluate.py runs/x/best.pt my_photos --beam-size 5 --n-best 3
+    python evaluate.py runs/0/best.pt val2017 --captions C --ensemble runs/1/best.pt runs/2/best.pt
 
 The first command prints the metrics. `--results` writes COCO's results format, exactly
 `[{"image_id": .., "caption": ..}]`; without `--captions` an image's id is the number at the end of
@@ -16,7 +18,9 @@ from pathlib import Path
 
 import torch
 
+import decoding
 from coco import CocoCaptions, DataError
+from constraints import build_constraint
 from data_loader import image_loader, val_loader
 from distributed import (
     all_reduce_sum,
@@ -26,6 +30,7 @@ from distributed import (
     rank_and_world_size,
     to_float64,
 )
+from ensemble import Ensemble
 from features import extract_features
 from files import write_text
 from layers import eval_mode
@@ -55,22 +60,34 @@ def evaluate_loss(model, loader) -> tuple[float, int]:
 def caption_images(model, loader, beam_size=3, **options) -> list[str]:
     """A generated caption for every image of an `image_loader`, in order.
 
+    model: a `CaptionModel`, or an `Ensemble` with a list of loaders, one for each of its models.
     `options` are those of `decoding.generate`.
     """
-    precomputed, captions = loader.dataset.features is not None, []
-    for images, _ in loader:
+    several = isinstance(loader, list)
+    loaders, captions = loader if several else [loader], []
+    precomputed = loaders[0].dataset.features is not None
+    for batches in zip(*loaders, strict=True):
+        images = [images for images, _ in batches]
         captions += model.decode(
-            model.generate(images, precomputed, beam_size=beam_size, **options)
-        )
+            model.generate(images if several else images[0], precomputed, beam_size=beam_size,
+                           **options)
+        )  # fmt: skip
     return captions
 
 
 def caption_dataset(model, data, *, transform=None, features=None, **options) -> list[str]:
-    """Same as `caption_images` for all images of `data`, divided among the ranks."""
+    """Same as `caption_images` for all images of `data`, divided among the ranks.
+
+    features: for an `Ensemble` a list, with the features for each of its models.
+    """
     rank, world_size = rank_and_world_size()
-    loader = image_loader(data, transform=transform, features=features, rank=rank,
-                          world_size=world_size)  # fmt: skip
-    return interleave(gather(caption_images(model, loader, **options)))
+
+    def loader(features):
+        return image_loader(data, transform=transform, features=features, rank=rank,
+                            world_size=world_size)  # fmt: skip
+
+    loaders = [loader(f) for f in features] if isinstance(features, list) else loader(features)
+    return interleave(gather(caption_images(model, loaders, **options)))
 
 
 def evaluate_captions(model, loader, training_captions=(), beam_size=3, **options) -> dict:
@@ -84,11 +101,18 @@ def evaluate_captions(model, loader, training_captions=(), beam_size=3, **option
         **options,
     )  # fmt: skip
     nll, tokens = evaluate_loss(model, loader)
-    scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
     return {
         "images": len(data), "beam_size": beam_size, "perplexity": perplexity(nll, tokens),
-        "unk_rate": unk_rate(data.all_captions, set(model.vocab.words), tokenize), **scores,
-        **diagnostics(candidates, training_captions, model.vocab.words, tokenize),
+        **score(candidates, data, model.vocab, training_captions),
+    }  # fmt: skip
+
+
+def score(candidates, data, vocab, training_captions=()) -> dict:
+    """The scores of generated captions, one per image of `data`, and diagnostics."""
+    scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
+    return {
+        "unk_rate": unk_rate(data.all_captions, set(vocab.words), tokenize), **scores,
+        **diagnostics(candidates, training_captions, vocab.words, tokenize),
     }  # fmt: skip
 
 
@@ -115,26 +139,49 @@ def write_results(path, image_ids, captions):
     write_text(path, json.dumps(results))
 
 
+def decoding_options(args, vocab) -> dict:
+    """The options of `decoding.generate` that the command line gives."""
+    names = ("beam_size", "length_penalty", "n_best", "groups", "diversity")
+    constraint = build_constraint(vocab, args.ban_bad_endings, args.ban_repeated_phrases)
+    return {name: getattr(args, name) for name in names} | {"constraint": constraint}
+
+
 def run(args) -> dict | None:
     """Caption the images; returns the metrics if there are reference captions."""
     device = pick_device(args.device)
-    model = CaptionModel.from_checkpoint(args.checkpoint, device, args.precision)
-    options = {"beam_size": args.beam_size}
+    models = [CaptionModel.from_checkpoint(path, device, args.precision)
+              for path in [args.checkpoint, *args.ensemble]]  # fmt: skip
+    ensemble, options = Ensemble(models), decoding_options(args, models[0].vocab)
     if not args.captions:
-        paths = find_images(args.images)
-        captions = model.caption(paths, **options)
-        for path, caption in zip(paths, captions, strict=True):
-            print(f"{path}: {caption}")
-        if args.results:
-            write_results(args.results, map(image_id_of, paths), captions)
+        caption_folder(ensemble, args, options)
         return None
+    if args.n_best:
+        raise ValueError("--n-best prints captions: it cannot be combined with --captions")
     data = CocoCaptions(args.images, args.captions)
-    features = extract_features(model.encoder, data.paths, model.transform, args.cache_dir).features
+    arrays = [extract_features(m.encoder, data.paths, m.transform, args.cache_dir).features
+              for m in models]  # fmt: skip
+    candidates = caption_dataset(ensemble, data, features=arrays, **options)
     if args.results:
-        captions = caption_dataset(model, data, features=features, **options)
-        write_results(args.results, data.image_ids, captions)
-    loader = val_loader(data, model.vocab, features=features, cache_dir=args.cache_dir)
-    return evaluate_captions(model, loader, **options)
+        write_results(args.results, data.image_ids, candidates)
+    metrics = {"images": len(data), "models": len(models)}
+    metrics |= {k: v for k, v in options.items() if k not in ("n_best", "constraint")}
+    metrics |= {"ban_bad_endings": args.ban_bad_endings,
+                "ban_repeated_phrases": args.ban_repeated_phrases}  # fmt: skip
+    if len(models) == 1:
+        loader = val_loader(data, models[0].vocab, features=arrays[0], cache_dir=args.cache_dir)
+        metrics["perplexity"] = perplexity(*evaluate_loss(models[0], loader))
+    return metrics | score(candidates, data, models[0].vocab)
+
+
+def caption_folder(ensemble, args, options):
+    """Print the captions of all images in a folder, and write them to `--results`."""
+    paths = find_images(args.images)
+    captions = ensemble.caption(paths, **options)
+    for path, caption in zip(paths, captions, strict=True):
+        print(f"{path}: {'; '.join(caption) if args.n_best else caption}")
+    if args.results:
+        best = [caption[0] if args.n_best else caption for caption in captions]
+        write_results(args.results, map(image_id_of, paths), best)
 
 
 def main(arguments=None) -> int:
@@ -143,7 +190,15 @@ def main(arguments=None) -> int:
     parser.add_argument("images", help="folder of images")
     parser.add_argument("--captions", help="their reference captions, in COCO's format")
     parser.add_argument("--results", help="file for the captions, in COCO's results format")
+    parser.add_argument("--ensemble", nargs="+", default=[], help="checkpoints to average with")
     parser.add_argument("--beam-size", type=int, default=3)
+    parser.add_argument("--n-best", type=int, help="print this number of captions per image")
+    parser.add_argument("--groups", type=int, default=1, help="of a diverse beam search")
+    parser.add_argument("--diversity", type=float, default=0.5, help="penalty between the groups")
+    parser.add_argument("--length-penalty", type=float, default=decoding.LENGTH_PENALTY)
+    parser.add_argument("--ban-bad-endings", action="store_true", help='such as "a man with a"')
+    parser.add_argument("--ban-repeated-phrases", action="store_true",
+                        help='such as "a man and a man"')  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", help="auto, float32 or bfloat16; default: the checkpoint's")
     parser.add_argument("--cache-dir", default="runs/cache", help="folder for features")

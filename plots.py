@@ -6,6 +6,7 @@ Each function takes data and an optional `ax` (`image_grid` makes its own), and 
 import textwrap
 
 import matplotlib.pyplot as plt
+from PIL import Image
 
 BLUE, ORANGE, GREY = "#2a6f97", "#e07a3f", "#8d99ae"
 COLOURS = (BLUE, ORANGE, GREY, "black")
@@ -87,3 +88,21 @@ def token_table(rows: dict, ax=None):
     ax.set(xlim=(-1.5, width - 0.4), ylim=(0.6 - len(rows), 0.6))
     ax.set_axis_off()
     return ax
+
+
+def attention_maps(image, caption, maps, columns=6, width=1.8):
+    """The attention of each word of a caption, laid over the image (PIL): (words, H, W).
+
+    The brightness of a pixel is the attention weight of its position, relative to the largest.
+    """
+    words = caption.split()
+    titles = [*words, "the image"][: len(maps) + 1]
+    shaded = [_shade(image, weights) for weights in maps]
+    return image_grid([*shaded, image], titles, columns, width)
+
+
+def _shade(image, weights):
+    """The image, darkened where `weights` (H, W) are small, interpolated to its size."""
+    weights = Image.fromarray((255 * weights / weights.max()).astype("uint8"))
+    weights = weights.resize(image.size, Image.Resampling.BICUBIC)
+    return Image.composite(image, image.point(lambda value: value // 5), weights)

@@ -48,8 +48,8 @@ MAY_IMPORT = {
     "ensemble": {"decoding", "layers", "model"},
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "evaluate": {
-        "coco", "data_loader", "distributed", "features", "files", "layers", "losses", "metrics",
-        "model", "vocabulary",
+        "coco", "constraints", "data_loader", "decoding", "distributed", "ensemble", "features",
+        "files", "layers", "losses", "metrics", "model", "vocabulary",
     },
     "run": {
         "backbones", "checkpoint", "coco", "config", "data_loader", "distributed", "features",

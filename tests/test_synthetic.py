@@ -1,6 +1,7 @@
 """The synthetic scenes: correct captions, COCO's layout, reproducible files; and their encoder."""
 
 import hashlib
+import json
 import re
 import shutil
 from collections import Counter
@@ -266,3 +267,36 @@ def test_the_stored_encoder_is_a_standard_one():
     assert unexpected == [] and all(key.startswith("classifier.") for key in missing)
     assert all(value.isfinite().all() for value in weights.values())
     assert path.stat().st_size <= 2_500_000
+
+
+def test_generated_scenes_are_those_written(tmp_path):
+    """`generate_scenes` gives the scene behind each image of a written dataset."""
+    sizes = {"train": 3, "test": 2}
+    files = synthetic.write_synthetic(tmp_path / "data", sizes)
+    for split, number, scene, captions in synthetic.generate_scenes(sizes):
+        images, annotations = files[split]
+        found = [a["caption"] for a in json.loads(annotations.read_text())["annotations"]
+                 if a["image_id"] == number]  # fmt: skip
+        image = np.asarray(Image.open(images / f"{number:012d}.jpg"), dtype=int)
+        assert found == captions
+        assert np.abs(image - np.asarray(synthetic.render(scene), dtype=int)).mean() < 5
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (4, 8)])
+def test_attention_on_things(shape):
+    """The share of the attention in a box equals that of the map enlarged to the image's pixels;
+    uniform attention gives chance, and a noun that names nothing in the scene is left out."""
+    thing = synthetic.Thing("red", "cat", 20, 70, 37, False)
+    scene = synthetic.Scene("beach", 0, (thing,))
+    weights = np.random.default_rng(0).dirichlet(np.ones(shape[0] * shape[1]), 6)
+    weights = weights.reshape(6, *shape)
+    weights[4] = 1 / weights[0].size
+    found = synthetic.attention_on_things("a red cat a red kitten", weights, scene)
+    side = 3 * 128  # divisible by 3, 4 and 8
+    for (share, chance), t in zip(found, (2, 5), strict=True):
+        pixels = np.repeat(np.repeat(weights[t], side // shape[0], 0), side // shape[1], 1)
+        pixels = pixels / pixels.sum()
+        assert share == pytest.approx(pixels[3 * 70 : 3 * 107, 3 * 20 : 3 * 57].sum())
+        assert chance == pytest.approx((37 / 128) ** 2)
+    assert synthetic.box_share(weights[4], thing) == pytest.approx((37 / 128) ** 2)
+    assert synthetic.attention_on_things("a blue cat", weights, scene) == []
