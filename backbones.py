@@ -105,7 +105,8 @@ def fold_batch_norm(network: nn.Module, image_size) -> nn.Module:
 
     layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
     hooks = [layer.register_forward_hook(remember) for layer in layers]
-    network(torch.zeros(1, 3, image_size, image_size))
+    weight = next(network.parameters())
+    network(weight.new_zeros(1, 3, image_size, image_size))  # on the device of the network
     for hook in hooks:
         hook.remove()
     parents = {child: (parent, name) for parent in network.modules()
@@ -152,6 +153,8 @@ class _TimmNetwork(nn.Module):
         from_file = weights is not None and Path(weights).is_file()
         if weights not in (None, "DEFAULT") and not from_file:
             raise ValueError(f"no weights {weights!r} for {name}: there is no such file")
+        if weights == "DEFAULT" and not _timm(name).get_pretrained_cfg(name).has_weights:
+            raise ValueError(f"timm has no weights for {name}; pass the path of a state dict")
         try:
             try:
                 network = create(name, img_size=image_size, **options)
@@ -170,6 +173,8 @@ class _TimmNetwork(nn.Module):
         if self.pooled:
             return self.network(images)  # (B, C)
         features = self.network.forward_features(images)
+        if not isinstance(features, torch.Tensor):  # of several branches
+            raise ValueError(f"{type(self.network).__name__} has no single feature map to extract")
         if features.dim() == 3:  # tokens (B, P, C), after those that are not of a patch
             features = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
             side = round(features.size(1) ** 0.5)
@@ -187,6 +192,9 @@ def _timm(name):
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), 3) or ["resnet50"]
         raise ValueError(f"timm has no network {name!r}; similar names: {', '.join(similar)}")
+    if "." in name and name not in timm.list_pretrained():
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        raise ValueError(f"timm has no weights {name!r}; it has {', '.join(known) or 'none'}")
     return timm
 
 

@@ -191,6 +191,9 @@ def check_same_run(checkpoint, config, data_fingerprint, model):
     """
     defaults = {f.name: f.default for f in fields(config)}  # for options added since the checkpoint
     saved = defaults | checkpoint["train_config"]
+    # Earlier versions wrote the network's own size of images where the option was not given.
+    if config.image_size is None and saved["image_size"] == model.encoder.image_size:
+        saved["image_size"] = None
     changed = [
         f"{name} was {str(saved[name])[:60]}, is {str(value)[:60]}"
         for name, value in asdict(config).items()

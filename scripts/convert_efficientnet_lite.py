@@ -11,9 +11,14 @@ list the same tensors in the same order, under other names.
 
 import argparse
 import importlib
+import sys
+from pathlib import Path
 
 import timm
 import torch
+
+# The modules are one folder up, which is not on the path of `python scripts/...`.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from checkpoint import load_safely
 from files import atomic_write

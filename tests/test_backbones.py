@@ -1,6 +1,8 @@
 """The encoder: any network of torchvision or timm, its weights, features, what training changes."""
 
 import runpy
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from urllib.error import URLError
@@ -300,6 +302,36 @@ def test_unknown_timm_network():
     """An unknown name is refused with similar names."""
     with pytest.raises(ValueError, match="no network 'resnet5t'; similar names: resnet50t"):
         EncoderCNN(16, "timm/resnet5t", None)
+
+
+@pytest.mark.parametrize(
+    "name, weights, message",
+    [
+        ("resnet50.nonsense", None, "no weights 'resnet50.nonsense'; it has resnet50.a1_in1k"),
+        ("efficientnet_b8", "DEFAULT", "timm has no weights for efficientnet_b8"),
+        ("crossvit_tiny_240", None, "CrossVit has no single feature map"),
+    ],
+)
+def test_impossible_timm_network(name, weights, message):
+    """A name of weights, or a feature map, that does not exist is an error that says so."""
+    with pytest.raises(ValueError, match=message):
+        EncoderCNN(16, f"timm/{name}", weights, pooled=False)
+
+
+def test_fold_batch_norm_on_the_device_of_the_network():
+    """Folding observes the network on its own device: "meta" stands for a GPU."""
+    network = build_backbone("resnet18", None).to("meta")
+    folded = fold_batch_norm(network, 64)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+
+
+def test_convert_efficientnet_lite_starts():
+    """The script finds the project's modules when it is started by its path, as documented."""
+    script = Path(__file__).parent.parent / "scripts" / "convert_efficientnet_lite.py"
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, cwd=script.parent
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_fold_timm_batch_norm():

@@ -174,6 +174,13 @@ def test_resume_with_more_epochs(finished, tmp_path, capsys):
         assert ("schedule now has 2 epochs instead of 1" in capsys.readouterr().out) == changes
 
 
+def test_resume_with_the_default_image_size(shared_dataset, tmp_path):
+    """224 pixels, which earlier versions wrote as the default, are the network's own: no change."""
+    config = tiny_config(shared_dataset, out=str(tmp_path / "out"), image_size=224, epochs=1)
+    fit(build_run(config))
+    assert build_run(replace(config, image_size=None, resume=True)).progress.history
+
+
 def test_resume_a_finished_run(finished):
     """Resuming a run that has all its epochs trains nothing and leaves last.pt as it is."""
     before = (Path(finished.config.out) / "last.pt").read_bytes()
