@@ -184,7 +184,7 @@ def caption_folder(ensemble, args, options):
         write_results(args.results, map(image_id_of, paths), best)
 
 
-def main(arguments=None) -> int:
+def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a captioning model.")
     parser.add_argument("checkpoint", help="best.pt of a run")
     parser.add_argument("images", help="folder of images")
@@ -202,8 +202,12 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", help="auto, float32 or bfloat16; default: the checkpoint's")
     parser.add_argument("--cache-dir", default="runs/cache", help="folder for features")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> int:
     try:
-        metrics = run(parser.parse_args(arguments))
+        metrics = run(parse_args(arguments))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

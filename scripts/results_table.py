@@ -1,0 +1,136 @@
+"""Train and evaluate every row of the results table in the README, and print the table.
+
+    python scripts/results_table.py --data flickr8k.json --out runs/table
+    python scripts/results_table.py --data flickr8k.json --out runs/table --rows par attend
+    python scripts/results_table.py --data flickr8k.json --out runs/table --dry-run
+
+`--data` is a JSON file with the paths of a dataset and of the encoders' weights:
+
+    {"train_images": "flickr8k/images", "train_captions": "flickr8k/captions_train.json",
+     "val_images": "flickr8k/images", "val_captions": "flickr8k/captions_val.json",
+     "encoders": {"mobilenet_v2": "mobilenet_v2.pth",
+                  "timm/tf_efficientnet_lite2": "efficientnet_lite2.pth"}}
+
+The weights may also be "DEFAULT", to download them. The same works for COCO's folders. Every row is
+one `train.py` command per seed, which `--dry-run` prints; rows that are complete are not trained
+again, and an interrupted one continues. Captions are generated with a beam of 5.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluate
+import train
+from files import write_text
+
+BEAM_SIZE = 5
+REGULARIZED = ["--random-flip", "--dropout", "0.5", "--feature-dropout", "0.5",
+               "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
+# Row: options of train.py, and the row whose model it starts from.
+ROWS = {
+    "init": (["--inject", "init"], None),
+    "pre": (["--inject", "pre"], None),
+    "par": (["--inject", "par"], None),
+    "attend": (["--inject", "attend", *REGULARIZED], None),
+    "fine-tuned": (["--inject", "attend", "--fine-tune", "last"], "attend"),
+    "self-critical": (["--inject", "attend", "--loss", "self-critical"], "attend"),
+    "ensemble": (None, "attend"),
+}
+COLUMNS = {"perplexity": "{:.2f}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.3f}", "distinct": "{:.0%}",
+           "minutes": "{:.0f}"}  # fmt: skip
+
+
+def run_folder(args, encoder, row, seed) -> Path:
+    return Path(args.out) / f"{encoder.replace('/', '-')}-{row}-{seed}"
+
+
+def train_command(args, encoder, row, seed) -> list[str]:
+    """The arguments of train.py for a row."""
+    options, base = ROWS[row]
+    names = ("train_images", "train_captions", "val_images", "val_captions")
+    command = [w for name in names for w in (f"--{name.replace('_', '-')}", args.data[name])]
+    command += ["--backbone", encoder, "--weights", args.data["encoders"][encoder], "--flip"]
+    command += [*options, "--seed", str(seed), "--cache-dir", args.cache_dir, "--resume"]
+    if base:
+        command += ["--init-from", str(run_folder(args, encoder, base, seed) / "best.pt")]
+    return [*command, "--out", str(run_folder(args, encoder, row, seed))]
+
+
+def evaluate_command(args, checkpoints) -> list[str]:
+    """The arguments of evaluate.py for one checkpoint, or for the ensemble of several."""
+    ensemble = ["--ensemble", *map(str, checkpoints[1:])] if checkpoints[1:] else []
+    return [str(checkpoints[0]), args.data["val_images"], "--captions", args.data["val_captions"],
+            "--cache-dir", args.cache_dir, "--beam-size", str(BEAM_SIZE), *ensemble]  # fmt: skip
+
+
+def result(args, encoder, row, seed) -> dict:
+    """The metrics of a run, which is trained if it is not complete yet."""
+    folder = run_folder(args, encoder, row, seed)
+    file = folder / "table.json"
+    if not file.is_file():
+        if train.main(train_command(args, encoder, row, seed)):
+            raise SystemExit(f"{row} with seed {seed} failed; see the message above")
+        options = evaluate.parse_args(evaluate_command(args, [folder / "best.pt"]))
+        history = [json.loads(line) for line in (folder / "history.jsonl").open()]
+        seconds = sum(line.get("seconds", 0) for line in history)
+        write_text(file, json.dumps(evaluate.run(options) | {"minutes": seconds / 60}))
+    return json.loads(file.read_text())
+
+
+def ensemble_result(args, encoder) -> dict:
+    """The metrics of the ensemble of the models of all seeds."""
+    base = ROWS["ensemble"][1]
+    results = [result(args, encoder, base, seed) for seed in args.seeds]
+    checkpoints = [run_folder(args, encoder, base, seed) / "best.pt" for seed in args.seeds]
+    metrics = evaluate.run(evaluate.parse_args(evaluate_command(args, checkpoints)))
+    return metrics | {"minutes": sum(result["minutes"] for result in results)}
+
+
+def format_row(encoder, row, results) -> str:
+    """A row of a Markdown table: the mean and, of several seeds, the range of each column."""
+    cells = []
+    for name, template in COLUMNS.items():
+        values = [result[name] for result in results if name in result]
+        cell = template.format(statistics.mean(values)) if values else ""
+        if len(values) > 1 and name != "minutes":
+            cell += f" ({template.format(min(values))} to {template.format(max(values))})"
+        cells.append(cell)
+    return f"| {encoder} | {row} | {len(results)} | {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help="JSON file with the paths, see above")
+    parser.add_argument("--out", default="runs/table", help="folder of the runs")
+    parser.add_argument("--cache-dir", default="runs/cache", help="folder for features")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--encoders", nargs="+", help="of those in --data; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    args = parser.parse_args()
+    args.data = json.loads(Path(args.data).read_text())
+    lines = [
+        f"| encoder | model | seeds | {' | '.join(COLUMNS)} |",
+        "|---" * (3 + len(COLUMNS)) + "|",
+    ]
+    for encoder in args.encoders or args.data["encoders"]:
+        for row in args.rows:
+            if args.dry_run:
+                for seed in args.seeds if row != "ensemble" else []:
+                    print("python train.py", *train_command(args, encoder, row, seed))
+            elif row == "ensemble":
+                lines.append(format_row(encoder, row, [ensemble_result(args, encoder)]))
+            else:
+                results = [result(args, encoder, row, seed) for seed in args.seeds]
+                lines.append(format_row(encoder, row, results))
+    if not args.dry_run:
+        print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
