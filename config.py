@@ -104,6 +104,8 @@ class TrainConfig(ModelConfig):
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(choices)}"
                 )
+        if self.inject == "attend" and self.num_layers > 1:
+            raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
         if self.no_image and self.fine_tune:
             raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
         if self.loss == "self-critical":
