@@ -58,8 +58,7 @@ def coco_run(setting, steps):
                  note=f"{steps:,} of {epoch:,} batches, {seconds:.0f} s"),
         make_row("one epoch", "minutes", captions / rate / 60, precision=run.precision,
                  note="measured" if steps == epoch else "extrapolated"),
-        make_row("peak memory", "MB", peak_memory(),
-                 note="including the pages of the memory-mapped features that were read"),
+        make_row("peak memory", "MB", peak_memory()),
     ]  # fmt: skip
     if torch.cuda.is_available():
         rows.append(
