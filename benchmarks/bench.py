@@ -44,7 +44,7 @@ from measure import (
 )
 from random_data import write_random_captions, write_random_data
 from setting import Setting, data, training_run
-from stages import decoding, encoder_forward, int8_name, training, vocabulary
+from stages import STAGES, decoding, encoder_forward, int8_name, reward_share, training, vocabulary
 
 EPOCHS = 10  # of the whole run that is extrapolated
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "nltk")
@@ -76,6 +76,7 @@ def parse(arguments):
     parser.add_argument("--backbone", default="resnet50", help="any torchvision network")
     parser.add_argument("--weights", default="none", help="torchvision's name, a file, or none")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--inject", default="par", help="with --coco: how the image enters")
     parser.add_argument("--coco", action="store_true", help="instead: random data of COCO's size")
     parser.add_argument("--out", default="runs/bench", help="folder for the results")
     args = parser.parse_args(arguments)
@@ -94,7 +95,8 @@ def prepare(args, folder):
         images, captions = write_random_data(folder, args.quick)
         source = "random images of 640x480 pixels, random captions of COCO's lengths"
     weights = None if args.weights.lower() == "none" else args.weights
-    setting = Setting(folder, images, captions, args.backbone, weights)
+    inject = args.inject if args.coco else "par"
+    setting = Setting(folder, images, captions, args.backbone, weights, inject)
     if args.quick:
         setting = replace(setting, batch_size=4, tokenized=1_000, decoded=16)
         source += "; tiny sizes, the numbers are meaningless"
@@ -147,7 +149,28 @@ def training_rows(setting, seconds):
         rows.append(
             compare_with_peak(setting, stage, seconds, lambda n, run=run: training_flops(run, n))
         )
-    return [*rows, padding_row(training_run(setting))]
+    return [*rows, attend_row(setting, seconds, rows[0]), reward_row(setting),
+            padding_row(training_run(setting))]  # fmt: skip
+
+
+def attend_row(setting, seconds, par):
+    """Training with attention, interleaved with training with par injection."""
+    work = STAGES["training step"].ours(setting)
+
+    def par_alone(seconds):
+        batches = round(seconds * par["ours"] / setting.batch_size)
+        return timed(work.run, max(batches, work.smallest), setting.device)[0]
+
+    row = compare(setting, "training step, attend", seconds, limit=par_alone)
+    row["of_limit"] = fraction_of_limit(row)
+    row["note"] = "limit: the training step of par injection, interleaved"
+    return row
+
+
+def reward_row(setting):
+    progress("self-critical step")
+    return make_row("reward, of a self-critical step", "%", 100 * reward_share(setting),
+                    note="attend, five samples of 20 words per image")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- the whole run

@@ -44,7 +44,7 @@ def coco_run(setting, steps):
             stopwatches.enter_context(stopwatch(run_module, name, seconds_of))
         run = run_module.build_run(train_config(setting))
     built = time.perf_counter() - start
-    train_last_batches(run, run.config.grad_accum_steps)
+    train_last_batches(run, run.config.batches_per_update)
     ready, memory = time.perf_counter() - start, peak_memory()
     epoch, captions = len(run.train_loader), len(run.train_loader.dataset)
     steps = epoch if setting.device.type == "cuda" else min(steps, epoch)

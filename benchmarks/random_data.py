@@ -77,13 +77,13 @@ def write_random_captions(path, images, files=1, captions=None, **settings):
     )
 
 
-def write_random_features(folder, images, feature_size, seed=0):
-    """Random features (images, 1, feature_size), in the files that features.py would write."""
+def write_random_features(folder, images, shape, seed=0):
+    """Random features (images, *shape), in the files that features.py would write."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, images, SHARD_SIZE):
-        shape = min(SHARD_SIZE, images - start), 1, feature_size
-        write_shard(folder, start, rng.standard_normal(shape, dtype=np.float32).astype("f2"), {})
+        size = min(SHARD_SIZE, images - start), *shape
+        write_shard(folder, start, rng.standard_normal(size, dtype=np.float32).astype("f2"), {})
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ class Setting:
     captions: str
     backbone: str = "resnet50"
     weights: str | None = None
+    inject: str = "par"
     batch_size: int = 64
     tokenized: int = 25_000  # captions in the vocabulary stage
     decoded: int = 1_000  # images in the decoding stages
@@ -88,7 +89,7 @@ def train_config(setting, precision="auto"):
         train_images=setting.images, train_captions=setting.captions, val_images=setting.images,
         val_captions=str(validation), out=str(Path(setting.folder) / "run"),
         cache_dir=setting.folder, backbone=setting.backbone, weights=setting.weights,
-        batch_size=setting.batch_size, precision=precision,
+        batch_size=setting.batch_size, precision=precision, inject=setting.inject,
     )  # fmt: skip
 
 
@@ -100,11 +101,14 @@ def cache_random_features(config):
         CocoCaptions(config.val_images, config.val_captions),
     ]
     model = build_model(config, splits[0]).to(pick_device(config.device))
+    image = torch.zeros(1, 3, model.encoder.image_size, model.encoder.image_size)
+    with torch.no_grad():
+        shape = model.encoder.forward_views(image.to(model.device)).shape[1:]
     for split in splits:
         name = fingerprint(model.encoder, split.paths, model.transform)
         folder = Path(config.cache_dir) / f"features-{name}"
         if not folder.exists():
-            write_random_features(folder, len(split), model.encoder.feature_size)
+            write_random_features(folder, len(split), shape)
 
 
 @cache

@@ -7,9 +7,11 @@
 What is measured is what train.py runs: `extract_features`, `train_one_epoch`, `caption_images`.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -40,6 +42,8 @@ from features import (
     reuse_freed_memory,
 )
 from images import eval_transform
+from losses import SelfCritical
+from rewards import CiderD
 from train import train_one_epoch
 from vocabulary import Vocabulary
 
@@ -158,6 +162,29 @@ def training(precision, setting):
     return Work(partial(train_last_batches, run), 2, len(run.train_loader))
 
 
+def attend_training(setting):
+    return training("auto", replace(setting, inject="attend"))
+
+
+def reward_share(setting, steps=3):
+    """The part of the time of a self-critical step that its reward takes."""
+    run = training_run(replace(setting, inject="attend"))
+    data, seconds = run.train_loader.dataset, []
+    reward = CiderD(data.ids, data.lengths, data.image_rows, len(run.model.vocab))
+
+    def timed_reward(*arrays):
+        start = time.perf_counter()
+        result = reward(*arrays)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    loss = SelfCritical(run.model.eval(), timed_reward, precomputed=True)
+    start = time.perf_counter()
+    for batch in islice(run.train_loader, steps):
+        loss(*batch)[0].backward()
+    return sum(seconds) / (time.perf_counter() - start)
+
+
 def classic_training(setting):
     loop = classic_loop(setting)
 
@@ -193,7 +220,7 @@ def classic_decoding(beam_size, setting):
 
     @torch.no_grad()
     def run(count):
-        for row in features[:count].astype(np.float32):  # (1, feature_size)
+        for (row,) in features[:count].astype(np.float32):  # (1, feature_size)
             feature = model.encoder.project(torch.from_numpy(row)[None].to(setting.device))
             model.vocab.decode(search(decoder, feature))
         return count
@@ -226,6 +253,7 @@ STAGES = {
     "training step, float32": Stage(
         partial(training, "float32"), classic_training, "captions", "float32"
     ),
+    "training step, attend": Stage(attend_training, classic_training, "captions", "auto"),
     "greedy decoding": Stage(partial(decoding, 1), partial(classic_decoding, 1), "images", "auto"),
     "beam 3 decoding": Stage(partial(decoding, 3), partial(classic_decoding, 3), "images", "auto"),
 }
