@@ -36,7 +36,7 @@ class AttentionDecoder(nn.Module):
     Raises ValueError if num_heads does not divide embed_size.
     """
 
-    def __init__(self, embed_size, hidden_size, vocab_size, dropout=0.0, num_heads=8):
+    def __init__(self, embed_size, hidden_size, vocab_size, dropout=0.0, num_heads=1):
         super().__init__()
         if embed_size % num_heads:
             raise ValueError(f"embed_size {embed_size} is not divisible by {num_heads} heads")

@@ -42,7 +42,7 @@ class ModelConfig:
     dropout: float = 0.2  # on the word embeddings and the LSTM outputs
     feature_dropout: float = 0.0  # on the features of the CNN
     inject: str = "par"  # how the image enters the LSTM: par, pre, init or attend
-    num_heads: int = 8  # attention heads (of inject attend)
+    num_heads: int = 1  # attention heads (of inject attend)
     precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
 
 
