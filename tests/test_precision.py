@@ -131,7 +131,7 @@ def extract(model, paths, folder):
     [
         (generate, DecoderRNN, "step"),
         (loss, DecoderRNN, "forward"),
-        (extract, EncoderCNN, "forward_features"),
+        (extract, EncoderCNN, "forward_views"),
     ],
 )
 def test_one_precision(shared_dataset, tmp_path, monkeypatch, precision, activity, owner, method):

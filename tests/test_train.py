@@ -299,7 +299,7 @@ def test_no_image_baseline(dataset):
     assert loss(features, captions)[0].item() == loss(other, captions)[0].item()
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)  # after one epoch, all captions would be equal anyway
-    different = np.random.default_rng(0).normal(size=(12, 1, model.encoder.feature_size))
+    different = np.random.default_rng(0).normal(size=(12, 1, 1, model.encoder.feature_size))
     captions = caption_dataset(model, run.val_loader.dataset.data, features=different)
     assert len(captions) == 12 and len(set(captions)) == 1
     model.encoder.no_image = False  # the check itself: these features make a difference
