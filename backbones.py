@@ -172,16 +172,25 @@ class _TimmNetwork(nn.Module):
     def forward(self, images):
         if self.pooled:
             return self.network(images)  # (B, C)
+        prefix = getattr(self.network, "num_prefix_tokens", 0)
         features = self.network.forward_features(images)
-        if not isinstance(features, torch.Tensor):  # of several branches
-            raise ValueError(f"{type(self.network).__name__} has no single feature map to extract")
-        if features.dim() == 3:  # tokens (B, P, C), after those that are not of a patch
-            features = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
-            side = round(features.size(1) ** 0.5)
-            features = features.unflatten(1, (side, -1))
-        if features.size(1) != self.network.num_features:  # (B, H, W, C)
-            features = features.permute(0, 3, 1, 2)
-        return features  # (B, C, H, W)
+        return as_map(features, type(self.network).__name__, prefix, self.network.num_features)
+
+
+def as_map(features, name, prefix, channels):
+    """The last output of one of timm's networks as a map (B, C, H, W).
+
+    prefix: the number of tokens before those of the patches.
+    """
+    if not isinstance(features, torch.Tensor):  # of several branches
+        raise ValueError(f"{name} has no single feature map to extract")
+    if features.dim() == 3:  # tokens (B, P, C)
+        features = features[:, prefix:]
+        side = round(features.size(1) ** 0.5)
+        features = features.unflatten(1, (side, -1))
+    if features.size(1) != channels:  # (B, H, W, C)
+        features = features.permute(0, 3, 1, 2)
+    return features
 
 
 def _timm(name):

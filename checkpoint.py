@@ -55,16 +55,22 @@ def load_safely(path, map_location="cpu"):
 
 
 def config_and_words(checkpoint) -> tuple[dict, list[str]]:
-    """(config, words) of a checkpoint, in the current format or the first one.
+    """(config, words) of a checkpoint, in the current format or an earlier one.
 
     The first format has the words inside the config, and other names for two options.
     """
-    config = dict(checkpoint["config"])
+    config = with_current_values(checkpoint["config"])
     if "words" not in config:
         return config, checkpoint["words"]
     renamed = {"mirror": "flip", "blind": "no_image"}
     config = {renamed.get(name, name): value for name, value in config.items()}
     return config, config.pop("words")
+
+
+def with_current_values(config) -> dict:
+    """A config of a checkpoint, in which `fine_tune` may be a bool, as in earlier versions."""
+    names, value = {True: "all", False: "none"}, config.get("fine_tune", "none")
+    return {**config, "fine_tune": names.get(value, value)}
 
 
 def export(source, target):
@@ -190,7 +196,7 @@ def check_same_run(checkpoint, config, data_fingerprint, model):
     Returns the config that the checkpoint was written with.
     """
     defaults = {f.name: f.default for f in fields(config)}  # for options added since the checkpoint
-    saved = defaults | checkpoint["train_config"]
+    saved = with_current_values(defaults | checkpoint["train_config"])
     # Earlier versions wrote the network's own size of images where the option was not given.
     if config.image_size is None and saved["image_size"] == model.encoder.image_size:
         saved["image_size"] = None
@@ -199,10 +205,10 @@ def check_same_run(checkpoint, config, data_fingerprint, model):
         for name, value in asdict(config).items()
         if name not in MAY_CHANGE and saved[name] != value
     ]
-    if not config.fine_tune and any(
+    if config.fine_tune != "all" and any(
         isinstance(tensor, torch.Tensor)
         and not torch.equal(tensor.cpu(), checkpoint["model"][f"encoder.backbone.{name}"].cpu())
-        for name, tensor in model.encoder.backbone.state_dict().items()
+        for name, tensor in model.encoder.trunk.state_dict().items()
     ):
         changed.append("the weights of the CNN have changed")
     if checkpoint["words"] != model.vocab.words:

@@ -17,13 +17,14 @@ CHOICES = {
     "inject": ("pre", "par", "init", "attend"),
     "best_by": ("loss", "cider"),
     "loss": ("cross-entropy", "self-critical"),
+    "fine_tune": ("none", "last", "all"),
     "schedule": ("one-cycle", "constant"),
 }
 AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads",
               "epochs", "batch_size", "grad_accum_steps", "min_word_freq")  # fmt: skip
 AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "xe_weight", "seed")
 FRACTIONS = ("dropout", "feature_dropout", "label_smoothing")
-ABOVE_0 = ("learning_rate", "grad_clip")
+ABOVE_0 = ("learning_rate", "backbone_learning_rate", "grad_clip")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +35,7 @@ class ModelConfig:
     image_size: int | None = None  # side of the square input in pixels; none: the network's own
     flip: bool = False  # use the features of each image and of its horizontal flip
     no_image: bool = False  # replace the features by zeros: the no-image baseline
-    fine_tune: bool = False  # train the CNN too: slow, because its features cannot be cached
+    fine_tune: str = "none"  # what to train of the CNN: none, its last stage, or all (slow)
     embed_size: int = 256  # size of the word and image embeddings
     image_norm: bool = False  # layer normalization of the image embedding
     hidden_size: int = 512  # size of the LSTM state
@@ -63,6 +64,7 @@ class TrainConfig(ModelConfig):
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
     learning_rate: float = 2e-3  # maximum of the schedule (AdamW)
+    backbone_learning_rate: float = 3e-5  # the same for the part of the CNN that is trained
     schedule: str = "one-cycle"  # of the learning rate: one-cycle or constant
     weight_decay: float = 0.01  # of weight matrices; biases and embeddings do not decay
     grad_clip: float = 5.0  # maximum norm of the gradient
@@ -106,7 +108,7 @@ class TrainConfig(ModelConfig):
                 )
         if self.inject == "attend" and self.num_layers > 1:
             raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
-        if self.no_image and self.fine_tune:
+        if self.no_image and self.fine_tune != "none":
             raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
         if self.loss == "self-critical":
             self.check_self_critical()
@@ -123,7 +125,7 @@ class TrainConfig(ModelConfig):
     @property
     def group_images(self) -> bool:
         """Whether a training batch contains images with all their captions, each image once."""
-        return self.inject == "attend" or self.fine_tune or self.loss == "self-critical"
+        return self.inject == "attend" or self.fine_tune != "none" or self.loss == "self-critical"
 
     @property
     def batches_per_update(self) -> int:

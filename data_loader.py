@@ -5,7 +5,8 @@ loader = train_loader(data, vocab, transform=eval_transform(224), batch_size=64)
 for images, captions, lengths in loader:     # (B, 3, 224, 224), (B, T), (B,)
     ...
 
-With `features` (features.py) the batches contain precomputed features (B, P, C) instead of images.
+With `features` (features.py) the batches contain precomputed views of the images, (B, V, P, C) or
+(B, V, C, H, W), instead of images.
 """
 
 import hashlib
@@ -91,10 +92,10 @@ def _tokenize_all(captions) -> TokenizedCaptions:
 class ImageDataset(Dataset):
     """Every image of `data` once: (images, rows of `data`).
 
-    features: an array (or `features.FeatureArray`) (N, V, P, C), indexed by `data.indices`, used in
-        place of the images; otherwise an image is `transform(path)`.
+    features: an array (or `features.FeatureArray`) (N, V, P, C) or (N, V, C, H, W), indexed by
+        `data.indices`, used in place of the images; otherwise an image is `transform(path)`.
     random_view: of the V views of an image, which are the image and its horizontal flip, draw one
-        at random each time, as augmentation; otherwise their features are averaged.
+        at random each time, as augmentation; otherwise a batch contains all of them.
     """
 
     def __init__(self, data: CocoCaptions, transform=None, features=None, random_view=False):
@@ -106,17 +107,17 @@ class ImageDataset(Dataset):
         return len(self.data)
 
     def __getitems__(self, rows):
-        """A whole batch at once: (B, 3, H, W) or (B, P, C), and (B,)."""
+        """A whole batch at once: (B, 3, H, W) or (B, V, ...), and (B,)."""
         return self.images(np.asarray(rows)), torch.as_tensor(rows)
 
     def images(self, rows):
-        """(B,) rows of `data` -> their features (B, P, C) float32, or images (B, 3, H, W)."""
+        """(B,) rows of `data` -> their views (B, V, ...) float32, or images (B, 3, H, W)."""
         if self.features is not None:
             views = torch.from_numpy(self.features[self.indices[rows]])
             if self.random_view and views.size(1) > 1:
                 view = torch.randint(views.size(1), (len(views),))
-                return views[torch.arange(len(views)), view].float()
-            return views.float().mean(1)
+                views = views[torch.arange(len(views)), view].unsqueeze(1)  # (B, 1, ...)
+            return views.float()
         return torch.stack([self.transform(self.data.paths[row]) for row in rows])
 
 

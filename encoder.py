@@ -2,9 +2,11 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones import build_backbone, input_settings, is_quantized
-from config import ModelConfig
+from config import CHOICES, ModelConfig
+from last_stage import split_last_stage
 from layers import Dropout
 
 DEFAULTS = ModelConfig
@@ -19,11 +21,14 @@ class EncoderCNN(nn.Module):
     pooled: return one embedding per image; otherwise, for `AttentionDecoder`, a key and a value for
         every position of the last feature map, each of embed_size.
 
-    Unless `fine_tune` is set, the CNN is frozen: it has no gradients and stays in eval mode
-    whatever `train()` is called with, so that BatchNorm neither uses nor updates batch statistics.
+    fine_tune: which part of the CNN is trained.
+        "none"  no part: it has no gradients and stays in eval mode whatever `train()` is called
+                with, so that BatchNorm neither uses nor updates batch statistics
+        "last"  the last stage without its BatchNorms; in eval mode too. The rest is the `trunk`
+        "all"   the whole CNN, in train mode
 
-    Raises ValueError for an unknown backbone or weights that do not fit, ConnectionError if the
-    weights cannot be downloaded.
+    Raises ValueError for an unknown backbone, weights that do not fit, or a backbone that cannot be
+    fine-tuned, ConnectionError if the weights cannot be downloaded.
     """
 
     def __init__(self, embed_size=DEFAULTS.embed_size, backbone=DEFAULTS.backbone,
@@ -34,12 +39,22 @@ class EncoderCNN(nn.Module):
         super().__init__()
         network = build_backbone(backbone, weights, pooled, image_size)
         # Convolutions are fastest in channels-last memory format, on CPUs and GPUs.
-        self.backbone = network.to(memory_format=torch.channels_last).requires_grad_(fine_tune)
+        self.backbone = network.to(memory_format=torch.channels_last)
         self.fine_tune, self.flip, self.no_image = fine_tune, flip, no_image
         self.precision, self.pooled, self.quantized = precision, pooled, is_quantized(backbone)
-        if fine_tune and self.quantized:
+        if fine_tune not in CHOICES["fine_tune"]:
+            raise ValueError(f"unknown fine_tune {fine_tune!r}; choose from {CHOICES['fine_tune']}")
+        if fine_tune != "none" and self.quantized:
             raise ValueError(f"{backbone} computes in int8 and cannot be fine-tuned")
         self.image_size = image_size = input_settings(backbone, image_size)["image_size"]
+        self.backbone.requires_grad_(fine_tune == "all")
+        if fine_tune == "last":
+            # A tuple, which nn.Module does not register: `backbone` alone owns the parameters, so
+            # that their names do not depend on `fine_tune`.
+            self.stages = split_last_stage(self.backbone, backbone, image_size)
+            for module in self.stages[1].modules():
+                for weight in module.parameters(recurse=False):
+                    weight.requires_grad_(not isinstance(module, _BatchNorm))
         try:
             with torch.no_grad():
                 images = torch.zeros(1, 3, image_size, image_size)
@@ -54,40 +69,75 @@ class EncoderCNN(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if not self.fine_tune:
+        if self.fine_tune != "all":
             self.backbone.eval()
         return self
 
     def forward(self, images):
         """(B, 3, H, W) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled."""
-        return self.project(self.forward_features(images))
+        return self.project(self.forward_views(images))
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> (B, P, feature_size), the mean of the views of `forward_views`.
+        """(B, 3, H, W) -> (B, P, feature_size), the mean of the views of each image.
 
-        P is 1 if pooled, otherwise the number of positions in the last feature map. With a frozen
-        CNN the features are constant, and can be computed once per image (features.py).
+        P is 1 if pooled, otherwise the number of positions in the last feature map.
         """
-        return self.forward_views(images).mean(1)
+        views = self.forward_views(images)
+        return (self.forward_last_stage(views) if views.dim() == 5 else views).mean(1)
 
     def forward_views(self, images):
         """(B, 3, H, W) -> (B, V, P, feature_size) of each image and, with `flip`, its flip: V = 2.
 
-        The map of the flipped image is flipped back, so that positions are those of the image.
+        If the last stage is trained, the maps before it, (B, V, C, H, W). Unless the whole CNN is
+        trained, the views are constant, and can be computed once per image (features.py).
         """
         if self.quantized and images.device.type != "cpu":
             raise ValueError("a quantized backbone runs on the CPU only (use --device cpu)")
-        views = [self.backbone(images)]  # (B, C), or (B, C, H, W)
+        views = [self.trunk(images)]
         if self.flip:
-            flipped = self.backbone(images.flip(3))
-            views.append(flipped if self.pooled else flipped.flip(3))
-        return torch.stack([view.flatten(2) if view.dim() > 2 else view.unsqueeze(2)
-                            for view in views], 1).transpose(2, 3)  # fmt: skip
+            views.append(self.trunk(images.flip(3)))
+        views = torch.stack(views, 1)  # (B, V, C), or (B, V, C, H, W)
+        return views if self.fine_tune == "last" else positions_of(views)
+
+    @property
+    def trunk(self):
+        """The part of the CNN whose outputs `forward_views` returns: all but a trained last stage.
+
+        Without a trained last stage, the whole CNN.
+        """
+        return self.stages[0] if self.fine_tune == "last" else self.backbone
+
+    def forward_last_stage(self, views):
+        """The maps (B, V, C, H, W) of `forward_views` -> (B, V, P, feature_size)."""
+        maps = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return positions_of(self.stages[1](maps).unflatten(0, views.shape[:2]))
 
     def project(self, features):
-        """(B, P, feature_size) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled."""
+        """(B, P, feature_size) -> (B, embed_size), or (B, P, 2 * embed_size) if not pooled.
+
+        Also takes the views of `forward_views`, whose features are averaged: (B, V, P,
+        feature_size), or the maps (B, V, C, H, W) before a last stage that is trained.
+        """
+        if features.dim() == 5:
+            features = self.forward_last_stage(features)
+        if features.dim() == 4:
+            features = features.mean(1)  # (B, P, C)
         if self.pooled:
             features = features.mean(1)  # (B, C)
         if self.no_image:
             features = torch.zeros_like(features)
         return self.norm(self.linear(self.dropout(features)))
+
+
+def positions_of(views):
+    """Outputs of a CNN, (B, V, C) or (B, V, C, H, W) -> (B, V, P, C).
+
+    Of two views, the second one is that of the flipped image: its map is flipped back, so that
+    positions are those of the image. A single view remains as it is, because the order of the
+    positions has no effect on captions.
+    """
+    if views.dim() == 3:
+        return views.unsqueeze(2)
+    if views.size(1) == 2:
+        views = torch.stack([views[:, 0], views[:, 1].flip(3)], 1)
+    return views.flatten(3).transpose(2, 3)

@@ -7,7 +7,8 @@
 The name of their folder is a fingerprint of the encoder (class, settings, precision, weights), of
 what the transform returns for an image, and of the images (name, size, modification time). Pooled
 ResNet50 features of COCO's 123,287 images take 505 MB in half precision, feature maps 24.7 GB; of
-neither more is read than the images of a batch.
+neither more is read than the images of a batch. If the last stage of the CNN is trained, the frozen
+part is the rest, and the files contain the maps before that stage: (N, V, C, H, W).
 """
 
 import contextlib
@@ -41,6 +42,7 @@ from images import BadImageError
 
 FORMAT = "5"  # increase it when the content of the files, or how images are opened, changes
 SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
+LARGE = 1e9  # bytes of features, whose size is printed before they are written
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -59,7 +61,7 @@ class FeatureArray:
         return self.shape[0]
 
     def __getitem__(self, indices):
-        """indices: an array (B,) of integers, or a slice -> (B, V, P, C) float16."""
+        """indices: an array (B,) of integers, or a slice -> (B, V, ...) float16."""
         if isinstance(indices, slice):
             indices = range(len(self))[indices]
         indices = np.asarray(indices, dtype=np.int64)
@@ -153,7 +155,7 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
 
 
 def forward_batch(encoder, images, device):
-    """A list of images (3, H, W) -> their features (V, P, C), float16."""
+    """A list of images (3, H, W) -> their `forward_views` (B, V, ...), float16."""
     if not images:
         return []
     batch = torch.stack(images)
@@ -171,9 +173,9 @@ def optimized_for_inference(encoder):
     if encoder.quantized:
         return encoder
     encoder = copy.deepcopy(encoder).eval()
-    encoder.backbone = fold_batch_norm(encoder.backbone, encoder.image_size)
+    fold_batch_norm(encoder.trunk, encoder.image_size)  # in place
     if resolve_precision(encoder.linear.weight.device, encoder.precision) == "bfloat16":
-        for layer in encoder.backbone.modules():
+        for layer in encoder.trunk.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(torch.bfloat16)
     return encoder
@@ -203,13 +205,15 @@ def write_shard(folder, start, features, bad):
 
 
 def check_space(folder, need):
-    """Raise OSError if fewer than `need` bytes are free on the disk of `folder`."""
+    """Raise OSError if fewer than `need` bytes are free in `folder`. Prints `need` if large."""
     free = shutil.disk_usage(folder).free
     if need > free:
         raise OSError(
             f"cannot write {need / 1e6:.1f} MB of features to {folder}: only {free / 1e6:.1f} MB "
             "are free; free some space, or choose another --cache-dir"
         )
+    if need > LARGE:
+        print(f"writing {need / 1e9:.1f} GB of features to {folder}", flush=True)
 
 
 def bad_file(folder, start) -> Path:
@@ -239,7 +243,7 @@ def delete_outdated_shards(folder, paths, transform):
 
 
 def fingerprint(encoder, paths, transform) -> str:
-    """A hash of encoder, transform and images."""
+    """A hash of encoder, transform and images. Of the CNN, only what `forward_views` computes."""
     precision = resolve_precision(encoder.linear.weight.device, encoder.precision)
     settings = (FORMAT, SHARD_SIZE, type(encoder).__qualname__, encoder.feature_size, encoder.flip,
                 encoder.pooled, precision, transform)  # fmt: skip
@@ -247,7 +251,7 @@ def fingerprint(encoder, paths, transform) -> str:
     pixels = np.arange(240 * 320 * 3, dtype=np.uint32) % 251  # an arbitrary but fixed image
     image = Image.fromarray(pixels.astype(np.uint8).reshape(240, 320, 3))
     digest.update(transform(image).numpy().tobytes())
-    for name, tensor in encoder.backbone.state_dict().items():
+    for name, tensor in encoder.trunk.state_dict().items():
         digest.update(name.encode())
         tensor = tensor.detach().dequantize() if tensor.is_quantized else tensor.detach()
         digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -22,7 +22,7 @@ class TeacherForcing(nn.Module):
     """
 
     def __init__(self, model, precomputed=False, label_smoothing=0.0):
-        """precomputed: batches contain features (B, P, C) instead of images (B, 3, H, W).
+        """precomputed: batches contain views of `features` instead of images (B, 3, H, W).
 
         label_smoothing: in training mode, the gradient is that of the cross-entropy with this much
             of a uniform distribution in the targets (Szegedy et al., 2016, arXiv:1512.00567). The
@@ -69,7 +69,7 @@ class SelfCritical(nn.Module):
     def forward(self, images, captions, lengths, image_index):
         """(loss summed over the sampled tokens, their number, sum of the rewards, samples).
 
-        A batch of a loader with `group_images`: images (B, 3, H, W) or features (B, P, C), all
+        A batch of a loader with `group_images`: images (B, 3, H, W) or their views, all
         captions of these images, their lengths, and the image of each caption.
         """
         with self.model.autocast():

@@ -181,7 +181,7 @@ class CaptionModel(nn.Module):
         return autocast(self.device, self.config.precision)
 
     def encode(self, images, precomputed=False):
-        """Images (B, 3, H, W), or features (B, P, feature_size) -> the memory of the decoder."""
+        """Images (B, 3, H, W), or what `EncoderCNN.project` takes -> the memory of the decoder."""
         return self.encoder.project(images) if precomputed else self.encoder(images)
 
     def forward(self, images, captions):

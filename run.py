@@ -119,7 +119,7 @@ def build_model(config, train_data) -> CaptionModel:
 
 
 def build_loaders(config, model, train_data, val_data):
-    """(train_loader, val_loader), of features if the CNN is frozen, and else of images."""
+    """(train_loader, val_loader), of images if the whole CNN is trained, and else of features."""
     (train_features, train_bad), (val_features, val_bad) = (
         image_features(config, model, data) for data in (train_data, val_data)
     )
@@ -132,7 +132,7 @@ def build_loaders(config, model, train_data, val_data):
         per_image = len(train_data.all_captions) / len(train_data)
         captions = config.batch_size * config.grad_accum_steps
         batch_size = max(round(captions / per_image), world_size)
-    if config.fine_tune:
+    if config.fine_tune == "all":
         options["num_workers"] = config.num_workers
     settings = input_settings(config.backbone, config.image_size)
     return (
@@ -146,7 +146,7 @@ def build_loaders(config, model, train_data, val_data):
 
 def image_features(config, model, data):
     """(features of all images or None, {index: reason} for those that cannot be read)."""
-    if config.fine_tune:  # features that change cannot be cached
+    if config.fine_tune == "all":  # features that change cannot be cached
         return None, find_bad_images(data.paths, model.transform, config.num_workers)
     extracted = extract_features(
         model.encoder, data.paths, model.transform, config.cache_dir,
@@ -175,23 +175,31 @@ def exclude_bad_images(splits, bad, skip):
 
 def build_loss(config, model, dataset):
     """(the loss, its reward or None, how many numbers it returns)."""
+    precomputed = config.fine_tune != "all"
     if config.loss == "cross-entropy":
-        return TeacherForcing(model, not config.fine_tune, config.label_smoothing), None, 2
+        return TeacherForcing(model, precomputed, config.label_smoothing), None, 2
     reward = CiderD(dataset.ids, dataset.lengths, dataset.image_rows, len(model.vocab))
     loss = SelfCritical(
-        model, reward, not config.fine_tune, samples=config.samples, xe_weight=config.xe_weight
+        model, reward, precomputed, samples=config.samples, xe_weight=config.xe_weight
     )
     return loss, reward, 4
 
 
 def build_optimizer(model, config):
-    """AdamW with two parameter groups: weight matrices decay; biases, embeddings, norms do not."""
+    """AdamW with two parameter groups: weight matrices decay; biases, embeddings, norms do not.
+
+    If the CNN or a part of it is trained, it has two groups of its own.
+    """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decays = {n for n, p in trained.items() if p.dim() > 1 and "embedding" not in n}
+    cnn = {n for n in trained if n.startswith("encoder.backbone.")}
+    rates = {False: config.learning_rate}
+    if cnn:
+        rates[True] = config.backbone_learning_rate
     groups = [
-        {"params": [p for n, p in trained.items() if (n in decays) == decay],
-         "weight_decay": config.weight_decay if decay else 0.0, "max_lr": config.learning_rate}
-        for decay in (True, False)
+        {"params": [p for n, p in trained.items() if (n in cnn) == part and (n in decays) == decay],
+         "weight_decay": config.weight_decay if decay else 0.0, "max_lr": rate}
+        for part, rate in rates.items() for decay in (True, False)
     ]  # fmt: skip
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 

@@ -146,7 +146,7 @@ def end_epoch(run: Run, training: dict):
 
 def validate(run: Run) -> dict:
     """The validation results of the model, for a line of the history."""
-    if run.config.fine_tune:
+    if run.config.fine_tune == "all":
         broadcast_buffers(run.model)
     nll, tokens = evaluate_loss(run.model, run.val_loader)
     results = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}

@@ -356,7 +356,7 @@ def failing_rank(folder):
 def worker(folder):
     """A data-loader worker is killed during training."""
     data = write_dataset(folder / "data")
-    config = tiny_config(data, epochs=50, patience=50, fine_tune=True, num_workers=2)
+    config = tiny_config(data, epochs=50, patience=50, fine_tune="all", num_workers=2)
     process = start(config)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (Path(config.out) / "last.pt").exists():

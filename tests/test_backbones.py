@@ -107,9 +107,10 @@ def test_flip_of_a_feature_map(images):
             {"backbone": "vit_b_32", "image_size": 224, "pooled": False},
             "vit_b_32 has no feature map",
         ),
-        ({"backbone": "quantized_resnet18", "fine_tune": True}, "cannot be fine-tuned"),
+        ({"backbone": "quantized_resnet18", "fine_tune": "all"}, "cannot be fine-tuned"),
+        ({"backbone": "resnet18", "fine_tune": True}, "unknown fine_tune True"),
     ],
-    ids=["name", "image size", "map size", "transformer", "int8"],
+    ids=["name", "image size", "map size", "transformer", "int8", "fine_tune"],
 )
 def test_impossible_backbone(arguments, message):
     """A network that does not exist, or cannot do what is asked, is an error that says why."""
@@ -176,21 +177,22 @@ def test_frozen_backbone():
 
 
 def test_fine_tuning():
-    """With `fine_tune`, the weights of the CNN and its BatchNorm statistics change."""
-    model, before = trained(fine_tune=True)
+    """With `fine_tune` "all", the weights of the CNN and its BatchNorm statistics change."""
+    model, before = trained(fine_tune="all")
     for name in ("0.0.weight", "0.1.running_mean"):
         name = f"encoder.backbone.features.{name}"
         assert not torch.equal(model.state_dict()[name], before[name])
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("fine_tune", ["none", "last", "all"])
 def test_train_mode(fine_tune):
-    """A new encoder is in train mode, as any module, but a frozen CNN never is."""
+    """A new encoder is in train mode, as any module, but a frozen or divided CNN never is."""
     encoder = EncoderCNN(16, SMALL, weights=None, fine_tune=fine_tune)
     for _ in range(2):
         assert encoder.training and encoder.linear.training
-        assert {module.training for module in encoder.backbone.modules()} == {fine_tune}
-        assert {weight.requires_grad for weight in encoder.backbone.parameters()} == {fine_tune}
+        assert {module.training for module in encoder.backbone.modules()} == {fine_tune == "all"}
+        trained = {weight.requires_grad for weight in encoder.backbone.parameters()}
+        assert trained == {"none": {False}, "last": {True, False}, "all": {True}}[fine_tune]
         encoder.eval().train()
 
 

@@ -212,7 +212,7 @@ def bad_images(dataset):
     return paths
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("fine_tune", ["none", "all"])
 def test_unreadable_images(dataset, bad_images, fails, fine_tune):
     """Unreadable images stop the run before training; all are named at once, and no other."""
     error = fails(fine_tune=fine_tune)
@@ -222,7 +222,7 @@ def test_unreadable_images(dataset, bad_images, fails, fine_tune):
     assert named == bad_images and "--skip-bad-images" in error
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("fine_tune", ["none", "all"])
 def test_skip_bad_images(dataset, bad_images, capsys, fine_tune):
     """With --skip-bad-images the run excludes unreadable images and prints their names."""
     config = tiny_config(dataset, skip_bad_images=True, fine_tune=fine_tune, epochs=1)
@@ -279,7 +279,7 @@ def test_unknown_choices(dataset, capsys, name):
 
 def test_no_image_to_fine_tune(fails):
     """A CNN whose features are not used cannot be fine-tuned."""
-    assert "fine-tuned" in fails(no_image=True, fine_tune=True)
+    assert "fine-tuned" in fails(no_image=True, fine_tune="all")
 
 
 def test_image_too_small_for_the_backbone(fails):

@@ -13,6 +13,7 @@ from conftest import calibrated_weights, command_line, supported, tiny_config
 
 import train
 from checkpoint import load_safely, lock_run_dir
+from model import CaptionModel
 from run import build_run
 from train import fit, main, schedule
 
@@ -101,6 +102,19 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, epoc
     assert len(history_of(tmp_path)) == int(epoch)
     assert main([*command_line(config), "--resume"]) == 0
     assert_same_result(tmp_path, uninterrupted.config.out)
+
+
+def test_resumed_fine_tuning(shared_dataset, tmp_path, monkeypatch):
+    """A resumed run is equal too if the last stage of the CNN is trained, on random views."""
+    options = {"fine_tune": "last", "flip": True, "random_flip": True, "save_every": 2}
+    config = tiny_config(shared_dataset, out=str(tmp_path / "whole"), **options)
+    fit(build_run(config))
+    config = replace(config, out=str(tmp_path / "resumed"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, config, 1.6)
+        assert main(command_line(config)) == 130
+    assert main([*command_line(config), "--resume"]) == 0
+    assert_same_result(config.out, tmp_path / "whole")
 
 
 def test_resumed_with_accumulated_gradients(shared_dataset, tmp_path, monkeypatch):
@@ -252,6 +266,19 @@ def test_resume_refuses_another_vocabulary(finished, tmp_path, refused):
     checkpoint["words"][4:] = reversed(checkpoint["words"][4:])
     torch.save(checkpoint, tmp_path / "other.pt")
     assert "vocabulary" in refused(replace(config, init_from=str(tmp_path / "other.pt")))
+
+
+def test_checkpoint_of_an_earlier_version(finished, tmp_path):
+    """A checkpoint in which `fine_tune` is a bool is loaded, and its run is resumed."""
+    last = load_safely(Path(finished.config.out) / "last.pt")
+    for config in (last["config"], last["train_config"]):
+        config["fine_tune"] = False
+    torch.save(last, tmp_path / "last.pt")
+    assert CaptionModel.from_checkpoint(tmp_path / "last.pt").config.fine_tune == "none"
+    assert build_run(replace(finished.config, out=str(tmp_path), resume=True)).progress.history
+    last["config"]["fine_tune"] = True
+    torch.save(last, tmp_path / "last.pt")
+    assert CaptionModel.from_checkpoint(tmp_path / "last.pt").config.fine_tune == "all"
 
 
 def test_resume_refuses_an_old_format(finished, tmp_path, refused):

@@ -25,7 +25,7 @@ def test_every_option_has_a_flag(field):
     config = TrainConfig(**REQUIRED)
     value = getattr(config, field.name)
     choices = {"precision": "float32", "inject": "pre", "best_by": "cider", "image_size": 96,
-               "loss": "self-critical", "schedule": "constant"}  # fmt: skip
+               "loss": "self-critical", "schedule": "constant", "fine_tune": "last"}  # fmt: skip
     if field.name in choices:
         other = choices[field.name]
     elif isinstance(value, bool):

@@ -190,7 +190,7 @@ def test_features_instead_of_images(data, vocab, mode, capsys):
     with_features = get_loader(smaller, vocab, mode, features=features, batch_size=4)
     with_images = get_loader(smaller, vocab, mode, transform=transform, batch_size=4)
     for (found, *rest), (images, *same) in zip(with_features, with_images, strict=True):
-        assert found.tolist() == [[[n, 10 * n]] for n in numbers_of(images, data)]
+        assert found.tolist() == [[[[n, 10 * n]]] for n in numbers_of(images, data)]
         assert found.dtype == torch.float32
         assert all(torch.equal(one, other) for one, other in zip(rest, same, strict=True))
     assert capsys.readouterr() == ("", "")
@@ -238,13 +238,12 @@ def test_unknown_mode(data, vocab):
 
 
 def test_random_view(data, vocab):
-    """Training draws each of an image's views; validation averages them."""
+    """Training draws each of an image's views; a batch of validation contains all of them."""
     features = np.array([[[[n]], [[100 + n]]] for n in range(12)], np.float16)
-    drawn = {
-        feature
-        for loader in [train_loader(data, vocab, features=features, random_view=True)] * 20
-        for feature in torch.cat([images for images, *_ in loader]).flatten().tolist()
-    }
-    assert drawn == {*range(12), *range(100, 112)}
+    loader = train_loader(data, vocab, features=features, random_view=True)
+    drawn = torch.cat([images for _ in range(20) for images, *_ in loader])
+    assert drawn.shape[1:] == (1, 1, 1)
+    assert set(drawn.flatten().tolist()) == {*range(12), *range(100, 112)}
     images, *_ = next(iter(val_loader(data, vocab, features=features)))
-    assert set(images.flatten().tolist()) == set(range(50, 62))
+    torch.testing.assert_close(images[:, 1], images[:, 0] + 100)
+    assert set(images[:, 0].flatten().tolist()) == set(range(12))

@@ -61,7 +61,7 @@ def test_loss_keeps_the_mode(trained, training):
 
 def test_captioning_changes_no_state(dataset):
     """Captioning with a model in training mode changes neither BatchNorm nor the mode."""
-    run = build_run(tiny_config(dataset, fine_tune=True))
+    run = build_run(tiny_config(dataset, fine_tune="all"))
     model, data = run.model.train(), run.val_loader.dataset.data
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert len(caption_images(model, image_loader(data, transform=model.transform))) == 12

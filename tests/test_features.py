@@ -113,12 +113,12 @@ def test_quantized_backbone(paths, tmp_path):
     assert len(list(tmp_path.glob("features-*"))) == 2
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("fine_tune", ["none", "last", "all"])
 def test_encoder_keeps_its_mode(paths, tmp_path, fine_tune):
     """Features are computed in eval mode, and the encoder keeps the mode that it was in."""
     encoder = new_encoder(fine_tune=fine_tune).train()
     found = extract_features(encoder, paths, transform, tmp_path)
-    assert encoder.training and encoder.backbone.training == fine_tune
+    assert encoder.training and encoder.backbone.training == (fine_tune == "all")
     assert_right(found.features, encoder, paths)
 
 

@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "rewards": {"vocabulary"},
     "data_loader": {"coco", "files", "vocabulary"},
     "splits": {"coco", "download", "synthetic"},
-    "encoder": {"backbones", "config", "layers"},
+    "last_stage": {"backbones"},
+    "encoder": {"backbones", "config", "last_stage", "layers"},
     "model": {
         "attention", "backbones", "checkpoint", "config", "decoding", "distributed", "encoder",
         "images", "layers", "vocabulary",

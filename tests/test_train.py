@@ -109,8 +109,8 @@ def test_weight_decay(dataset):
 
 
 def test_fine_tuning(dataset):
-    """With `fine_tune` the CNN is trained, from the images: its features are not cached."""
-    run = build_run(tiny_config(dataset, fine_tune=True, epochs=1))
+    """With `fine_tune` "all" the CNN is trained, from the images: its features are not cached."""
+    run = build_run(tiny_config(dataset, fine_tune="all", epochs=1))
     weight = run.model.encoder.backbone.get_parameter("features.0.0.weight")
     before = weight.detach().clone()
     fit(run)
