@@ -33,7 +33,7 @@ class ModelConfig:
 
     backbone: str = "resnet50"  # a network of torchvision ("quantized_*" use int8), or timm/NAME
     image_size: int | None = None  # side of the square input in pixels; none: the network's own
-    flip: bool = False  # use the features of each image and of its horizontal flip
+    flip: bool = False  # use the features of each image and of its horizontal flip too
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: str = "none"  # what to train of the CNN: none, its last stage, or all (slow)
     embed_size: int = 256  # size of the word and image embeddings
@@ -59,7 +59,6 @@ class TrainConfig(ModelConfig):
     weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
-    random_flip: bool = False  # draw the image or its flip at random instead of averaging both
     epochs: int = 10  # passes over all training captions
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths

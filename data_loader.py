@@ -222,14 +222,17 @@ class ImageGroupedSampler(BucketSampler):
 
 def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, seed=0,
                  num_workers=0, rank=0, world_size=1, cache_dir=None,
-                 group_images=False, random_view=False):  # fmt: skip
+                 group_images=False):  # fmt: skip
     """(images, captions, lengths): every caption once, reshuffled in each epoch.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Each rank gets its part of every
     batch of `batch_size` captions, or, with `group_images`, of images (and an index, see
-    `CaptionDataset`). `cache_dir` keeps the tokenized captions.
+    `CaptionDataset`). `cache_dir` keeps the tokenized captions. Of several views of an image in
+    `features`, one is drawn at random.
     """
-    dataset = CaptionDataset(data, vocab, transform, features, cache_dir, group_images, random_view)
+    dataset = CaptionDataset(
+        data, vocab, transform, features, cache_dir, group_images, random_view=True
+    )
     if group_images:
         batches = ImageGroupedSampler(
             dataset.lengths, dataset.image_rows, batch_size, seed, rank, world_size

@@ -138,7 +138,7 @@ def build_loaders(config, model, train_data, val_data):
     return (
         train_loader(train_data, model.vocab, transform=train_transform(**settings),
                      features=train_features, seed=config.seed, batch_size=batch_size,
-                     group_images=config.group_images, random_view=config.random_flip, **options),
+                     group_images=config.group_images, **options),
         val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
                    batch_size=captions, group_images=config.group_images, **options),
     )  # fmt: skip

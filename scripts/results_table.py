@@ -29,7 +29,7 @@ import train
 from files import write_text
 
 BEAM_SIZE = 5
-REGULARIZED = ["--random-flip", "--dropout", "0.5", "--feature-dropout", "0.5",
+REGULARIZED = ["--dropout", "0.5", "--feature-dropout", "0.5",
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {

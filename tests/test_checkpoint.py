@@ -106,7 +106,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, epoc
 
 def test_resumed_fine_tuning(shared_dataset, tmp_path, monkeypatch):
     """A resumed run is equal too if the last stage of the CNN is trained, on random views."""
-    options = {"fine_tune": "last", "flip": True, "random_flip": True, "save_every": 2}
+    options = {"fine_tune": "last", "flip": True, "save_every": 2}
     config = tiny_config(shared_dataset, out=str(tmp_path / "whole"), **options)
     fit(build_run(config))
     config = replace(config, out=str(tmp_path / "resumed"))

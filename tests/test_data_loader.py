@@ -240,7 +240,7 @@ def test_unknown_mode(data, vocab):
 def test_random_view(data, vocab):
     """Training draws each of an image's views; a batch of validation contains all of them."""
     features = np.array([[[[n]], [[100 + n]]] for n in range(12)], np.float16)
-    loader = train_loader(data, vocab, features=features, random_view=True)
+    loader = train_loader(data, vocab, features=features)
     drawn = torch.cat([images for _ in range(20) for images, *_ in loader])
     assert drawn.shape[1:] == (1, 1, 1)
     assert set(drawn.flatten().tolist()) == {*range(12), *range(100, 112)}

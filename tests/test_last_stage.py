@@ -126,7 +126,7 @@ def test_gradients():
 @pytest.mark.parametrize("inject", ["par", "attend"])
 def test_training(dataset, inject):
     """A run trains the last stage without its BatchNorms; no other bit of the CNN changes."""
-    options = {"flip": True, "random_flip": True, "inject": inject, "num_heads": 2}
+    options = {"flip": True, "inject": inject, "num_heads": 2}
     run = build_run(
         tiny_config(dataset, fine_tune="last", epochs=1, backbone_learning_rate=1e-3, **options)
     )
