@@ -1,5 +1,6 @@
 """Two processes, with the environment that torchrun sets, compared with one."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -31,20 +32,28 @@ def train(config, rank=0):
         assert main(command_line(config)) == 0
 
 
-def train_rank(rank, port, config):
+def train_rank(rank, port, config, patches):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
-    train(config, rank)
+    with contextlib.ExitStack() as stack:
+        for name, replacement in patches.items():
+            stack.enter_context(mock.patch(name, replacement))
+        train(config, rank)
 
 
-def train_in_two_processes(config):
+def train_in_two_processes(config, patches=None):
+    """Run the command in two processes; patches: {name: what replaces it} in both."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    fork = multiprocessing.get_context("fork")
+    # Not forked from this process: OpenMP cannot be used in a fork of a process whose OpenMP has
+    # started threads. The server, which has imported everything, has none.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
     processes = [
-        fork.Process(target=train_rank, args=(rank, store.port, config)) for rank in (0, 1)
+        context.Process(target=train_rank, args=(rank, store.port, config, patches or {}))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
@@ -61,7 +70,7 @@ def runs(shared_dataset, request):
     Without dropout, whose random numbers differ between processes.
     """
     if sys.platform != "linux":
-        pytest.skip("the processes are forked")
+        pytest.skip("the processes are started by a fork server")
     supported(request.param)
     one, two = (
         tiny_config(shared_dataset, dropout=0.0, learning_rate=0.02, grad_accum_steps=2,

@@ -328,13 +328,13 @@ def best_captions(decoder, memory, max_len):
 def test_two_processes(trained, tmp_path):
     """Two processes have the gradient, the rewards and the validation results of a single one."""
     if sys.platform != "linux":
-        pytest.skip("the processes are forked")
+        pytest.skip("the processes are started by a fork server")
     one, two = (
         continued(trained, tmp_path / name, grad_accum_steps=2, xe_weight=0.1) for name in "ab"
     )
     with mock.patch("losses.sample", best_captions):
         train(one)
-        train_in_two_processes(two)
+    train_in_two_processes(two, {"losses.sample": best_captions})
     gradients = (load_safely(f"{config.out}-gradient.pt") for config in (one, two))
     for expected, found in zip(*gradients, strict=True):
         assert expected.abs().max() > 0
