@@ -37,7 +37,29 @@ def split_last_stage(network, name, image_size) -> tuple[nn.Module, nn.Module]:
             f"{name} has no last stage that can be trained alone ({reason}); use fine_tune all, "
             "or another backbone"
         ) from None
-    return _subgraphs(network, graph, cut)
+    trunk, last_stage = _subgraphs(network, graph, cut)
+    for name, layer in list(last_stage.named_modules()):
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            last_stage.set_submodule(name, _InFloat32(layer))
+    return trunk, last_stage
+
+
+class _InFloat32(nn.Module):
+    """A depthwise convolution that is not computed in bfloat16 on a CPU, also within `autocast`.
+
+    There, with kernels larger than 3x3 or a stride of 2, PyTorch's gradients take 3 to 80 times as
+    long in bfloat16 as in float32.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return self.layer(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.layer(x.to(self.layer.weight.dtype))
 
 
 class _Tracer(fx.Tracer):
