@@ -109,6 +109,22 @@ def test_copy():
 # ---------------------------------------------------------------------------- training
 
 
+def test_depthwise_convolutions_in_float32():
+    """Within autocast, the depthwise convolutions compute in float32, the others in bfloat16."""
+    encoder, computed = small_encoder(), {}
+    for name, layer in encoder.backbone.named_modules():
+        if isinstance(layer, nn.Conv2d) and is_last(f"{name}."):
+            layer.register_forward_hook(
+                lambda layer, inputs, output, name=name: computed.update({name: output.dtype})
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        encoder(torch.rand(2, 3, 64, 64))
+    for name, dtype in computed.items():
+        depthwise = encoder.backbone.get_submodule(name).groups > 1
+        assert dtype == (torch.float32 if depthwise else torch.bfloat16), name
+    assert len(set(computed.values())) == 2
+
+
 def test_gradients():
     """The last stage without its BatchNorms has gradients, the trunk none."""
     encoder = small_encoder()
