@@ -19,9 +19,12 @@ LONGEST_PHRASE = 4  # words
 def build_constraint(vocab: Vocabulary, ban_bad_endings=False, ban_repeated_phrases=False):
     """The union of the chosen constraints, or None if none is chosen.
 
-    ban_bad_endings: `<end>` may not follow a word that cannot end a caption, such as "a" or "with".
-    ban_repeated_phrases: a phrase of 2 to 4 words that begins with a determiner may not stand on
-        both sides of a connecting word: neither "a woman and a woman" nor "a man of a man".
+    ban_bad_endings: `<end>` may not directly follow one of `metrics.BAD_ENDINGS`, such as "a" or
+        "with". A caption that is cut off at max_len tokens may still end in one.
+    ban_repeated_phrases: a phrase of 2 to 4 words, the first of which is one of DETERMINERS, may
+        not stand on both sides of one of CONNECTORS: neither "a woman and a woman" nor "a man of a
+        man". The word that would complete the second phrase is banned. Permitted are other
+        repetitions, as in "a woman in a hat and a woman" and "a woman and the woman".
     """
     chosen = []
     if ban_bad_endings:
@@ -53,10 +56,8 @@ class RepeatedPhrases:
     def __call__(self, tokens):
         count, t = tokens.shape
         banned = torch.zeros(count, self.size, dtype=torch.bool, device=tokens.device)
-        determiners, connectors = (
-            self.determiners.to(banned.device),
-            self.connectors.to(banned.device),
-        )
+        determiners = self.determiners.to(tokens.device)
+        connectors = self.connectors.to(tokens.device)
         for n in range(2, LONGEST_PHRASE + 1):  # the next word would complete .. phrase x phrase
             start = t - 2 * n
             if start < 0:

@@ -42,7 +42,7 @@ def generate(decoder, memory, beam_size=1, max_len=20, temperature=0.0, top_k=No
     """
     if not temperature >= 0:
         raise ValueError("temperature must be at least 0")
-    if temperature and (beam_size > 1 or n_best):
+    if temperature and (beam_size > 1 or n_best or groups > 1):
         raise ValueError("a temperature samples words: it cannot be combined with a beam")
     if top_k is not None and not temperature:
         raise ValueError("top_k restricts sampling: it requires a temperature above 0")
@@ -71,7 +71,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
         groups that are still searching have just added it. Scores stay those of the model. Each
         group contributes ceil(n_best / groups) captions, of which the n_best best are returned.
     constraint: (N, t) tokens so far -> (N, vocab_size) bool, True for tokens that may not follow;
-        see constraints.py.
+        see constraints.py. The probabilities of the other tokens stay as they are.
 
     Raises ValueError for invalid arguments, or if the model computes NaN.
     """
@@ -89,7 +89,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
     beam.scores.zero_()
     finished = _Beam.empty(len(search), n, max_len, device)  # the best captions that have ended
     tokens = search.new_full((len(search), 1), START)  # (A, K) the last token of each prefix
-    images = _select(memory, search // groups, 0)  # the memory of each prefix
+    images = memory if groups == 1 else _select(memory, search // groups, 0)  # of each prefix
     state = decoder.init_state(images)
 
     for length in range(1, max_len + 1):
@@ -100,7 +100,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
             banned = constraint(beam.tokens[:, :, : length - 1].flatten(0, 1))
             log_probs = log_probs.masked_fill(banned, -torch.inf)
         log_probs = log_probs.view(-1, k, logits.size(1))  # (A, K, V)
-        choice = _choose(beam.scores, log_probs, width, search, groups, diversity)
+        choice = _choose(beam.scores, log_probs, width, search, batch, groups, diversity)
         beam = beam.extend(log_probs, choice, length, attention)
         tokens, parent = beam.tokens[:, :, length - 1], choice // logits.size(1)
         if length == 1 and attention is not None:
@@ -136,7 +136,7 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, constraint=
 
     The returned `log_probs` are those of the model (temperature 1), and `scores` are their sums.
 
-    Raises ValueError for invalid arguments, or if the model computes NaN.
+    Raises ValueError for invalid arguments, if the model computes NaN, or if all tokens are banned.
     """
     if max_len < 1 or not temperature > 0 or (top_k is not None and top_k < 1):
         raise ValueError("max_len and top_k must be at least 1, temperature greater than 0")
@@ -150,7 +150,10 @@ def sample(decoder, memory, max_len=20, temperature=1.0, top_k=None, constraint=
         distribution = allowed = mask_and_normalize(logits)  # (B, V)
         if constraint is not None:
             so_far = torch.stack(tokens, 1) if tokens else last.new_zeros(batch, 0)
-            allowed = distribution.masked_fill(constraint(so_far), -torch.inf)
+            banned = constraint(so_far) & ~ended.unsqueeze(1)
+            allowed = distribution.masked_fill(banned, -torch.inf)
+            if (allowed.amax(1) == -torch.inf).any():
+                raise ValueError("the constraint bans all tokens at once")
         last = _sample_words(allowed, temperature, top_k, generator).masked_fill(ended, PAD)
         chosen = distribution.gather(1, last.unsqueeze(1)).squeeze(1)
         tokens.append(last)
@@ -178,7 +181,7 @@ def _select(tensors, rows, dim):
     return tensors.index_select(dim, rows)
 
 
-def _choose(scores, log_probs, width, search, groups, diversity):
+def _choose(scores, log_probs, width, search, batch, groups, diversity):
     """The best continuations of each search: indices (A, width) into the K * V candidates.
 
     scores: (A, K) of the prefixes; log_probs: (A, K, V) of their next words.
@@ -188,15 +191,16 @@ def _choose(scores, log_probs, width, search, groups, diversity):
     width = min(width, k * vocab_size)
     if groups == 1:
         return total.flatten(1).topk(width).indices
-    image, counts = search // groups, log_probs.new_zeros(int(search[-1]) // groups + 1, vocab_size)
+    image, counts = search // groups, log_probs.new_zeros(batch, vocab_size)
     choice = search.new_zeros(len(search), width)
     for group in range(groups):
         rows = (search % groups == group).nonzero().squeeze(1)
         penalty = diversity * counts[image[rows]].unsqueeze(1)  # (rows, 1, V)
-        choice[rows] = (total[rows] - penalty).flatten(1).topk(width).indices
-        chosen = choice[rows] % vocab_size
+        best = (total[rows] - penalty).flatten(1).topk(width)
+        choice[rows] = best.indices
+        chosen = best.indices % vocab_size
         index = (image[rows].unsqueeze(1).expand_as(chosen), chosen)
-        counts.index_put_(index, counts.new_ones(()), accumulate=True)
+        counts.index_put_(index, best.values.isfinite().float(), accumulate=True)
     return choice
 
 

@@ -12,6 +12,7 @@ its file name, as in COCO, or else the file name.
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from metrics import caption_scores, diagnostics, perplexity, unk_rate
 from model import CaptionModel
 from vocabulary import TOKENIZER, tokenize
 
+BATCH_SIZE = 32  # of the images in a folder
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -174,13 +176,21 @@ def run(args) -> dict | None:
 
 
 def caption_folder(ensemble, args, options):
-    """Print the captions of all images in a folder, and write them to `--results`."""
-    paths = find_images(args.images)
-    captions = ensemble.caption(paths, **options)
-    for path, caption in zip(paths, captions, strict=True):
-        print(f"{path}: {'; '.join(caption) if args.n_best else caption}")
+    """Print the captions of all images in a folder, and write the best of each to `--results`.
+
+    With `--n-best`, a line has the score of its caption, which is higher for a better one.
+    """
+    paths, best = find_images(args.images), []
+    for start in range(0, len(paths), BATCH_SIZE):
+        images = ensemble.preprocess(paths[start : start + BATCH_SIZE])
+        decoded = ensemble.generate(images, **options | {"n_best": args.n_best or 1})
+        captions, scores = ensemble.decode(decoded), decoded.scores.tolist()
+        best += [row[0] for row in captions]
+        for path, *row in zip(paths[start:], captions, scores, strict=False):
+            for caption, score in zip(*row, strict=True):
+                if score > -math.inf:  # otherwise fewer captions exist
+                    print(f"{path}: {f'{score:.3f} ' if args.n_best else ''}{caption}")
     if args.results:
-        best = [caption[0] if args.n_best else caption for caption in captions]
         write_results(args.results, map(image_id_of, paths), best)
 
 
@@ -192,7 +202,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser.add_argument("--results", help="file for the captions, in COCO's results format")
     parser.add_argument("--ensemble", nargs="+", default=[], help="checkpoints to average with")
     parser.add_argument("--beam-size", type=int, default=3)
-    parser.add_argument("--n-best", type=int, help="print this number of captions per image")
+    parser.add_argument("--n-best", type=int, help="print so many captions per image, with scores")
     parser.add_argument("--groups", type=int, default=1, help="of a diverse beam search")
     parser.add_argument("--diversity", type=float, default=0.5, help="penalty between the groups")
     parser.add_argument("--length-penalty", type=float, default=decoding.LENGTH_PENALTY)

@@ -231,7 +231,10 @@ class CaptionModel(nn.Module):
     def attention_maps(decoded: decoding.Decoded) -> list:
         """The attention of each caption, see `caption`. Raises ValueError if there is none."""
         if decoded.attention is None or decoded.tokens.dim() == 3:
-            raise ValueError("attention maps need a model with --inject attend, and no n_best")
+            raise ValueError(
+                "attention maps need a model with --inject attend (in an ensemble, all of them, "
+                "with the same number of positions), and no n_best"
+            )
         side = round(decoded.attention.size(2) ** 0.5)
         maps = decoded.attention.float().cpu().numpy()  # (B, L, P)
         words = decoded.tokens.ne(PAD).sum(1) - decoded.ended.long()

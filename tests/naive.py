@@ -221,6 +221,9 @@ def diverse_beam_search(language_model, groups, width, diversity, max_len, lengt
                 margins.append(abs(margin))
                 if margin <= 0:
                     beams[group] = []
-    scores = [h.score(length_penalty) for of_group in ended for h in of_group[: n + 1]]
-    found = [(of_group + beam)[:n] for of_group, beam in zip(ended, beams, strict=True)]
-    return found, min([*margins, *np.abs(np.diff(sorted(scores)))])
+    for beam in beams:
+        beam.sort(key=lambda h: sum(h.log_probs), reverse=True)
+    found = [of_group + beam for of_group, beam in zip(ended, beams, strict=True)]
+    scores = {(h.ended, *h.tokens): h.score(length_penalty) for hs in found for h in hs[: n + 1]}
+    margins += [np.abs(np.diff(sorted(scores.values()))).min()] if len(scores) > 1 else []
+    return [hypotheses[:n] for hypotheses in found], min(margins)

@@ -162,28 +162,63 @@ def test_any_decoder():
     assert_equal(decoded, [beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
 
 
-@pytest.mark.parametrize("groups, width", [(2, 1), (2, 2), (3, 2), (4, 1)])
+def count_equal(decoded, models, groups, width, diversity, max_len=6):
+    """The number of images with a clear result, for which naive groups return the same."""
+    clear, n_best = 0, groups * width
+    for image, model in enumerate(models):
+        found, margin = diverse_beam_search(model, groups, width, diversity, max_len, 0.7, width)
+        if margin < 1e-4:
+            continue
+        clear += 1
+        expected = sorted((h for of_group in found for h in of_group),
+                          key=lambda h: (h.ended, h.score(0.7)), reverse=True)  # fmt: skip
+        missing = n_best - len(expected)
+        tokens = [[t for t in row if t] for row in decoded.tokens[image].tolist()]
+        assert tokens == [h.tokens for h in expected] + [[]] * missing
+        scores = [h.score(0.7) for h in expected] + [-np.inf] * missing
+        np.testing.assert_allclose(decoded.scores[image], scores, atol=1e-4)
+    return clear
+
+
+@pytest.mark.parametrize("groups, width", [(2, 1), (2, 2), (3, 3), (4, 1)])
 @pytest.mark.parametrize("diversity", [0.0, 0.5, 3.0])
 def test_diverse_beam_search(groups, width, diversity):
     """Groups choose as in a naive search, and the best of them all are returned in order."""
-    n_best, clear = groups * width, 0
-    for seed in range(6):
-        decoder, features = random_decoder(seed, vocab_size=9, images=4)
-        decoded = decoder.sample(features, n_best, max_len=7, n_best=n_best, groups=groups,
-                                 diversity=diversity)  # fmt: skip
-        for image, model in enumerate(language_models(decoder, features)):
-            found, margin = diverse_beam_search(model, groups, width, diversity, 7, 0.7, width)
-            expected = sorted((h for of_group in found for h in of_group),
-                              key=lambda h: (h.ended, h.score(0.7)), reverse=True)  # fmt: skip
-            if margin < 1e-4:  # groups without a penalty find the same captions, which is a tie
-                continue
-            clear += 1
-            tokens = [[t for t in row if t] for row in decoded.tokens[image].tolist()]
-            assert tokens == [h.tokens for h in expected]
-            np.testing.assert_allclose(
-                decoded.scores[image], [h.score(0.7) for h in expected], atol=1e-4
-            )
-    assert clear >= 3 or diversity == 0
+    n, clear = groups * width, 0
+    for seed in range(6):  # with a small vocabulary, fewer captions exist than are asked for
+        decoder, features = random_decoder(seed, vocab_size=4 + seed, images=4)
+        decoded = decoder.sample(features, n, 6, n_best=n, groups=groups, diversity=diversity)
+        models = language_models(decoder, features)
+        clear += count_equal(decoded, models, groups, width, diversity)
+    assert clear >= 17  # of 24
+
+
+def test_groups_with_few_words():
+    """Entries of a group that no permitted word can fill do not count as words it has chosen."""
+    clear = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        table, memory, permitted = torch.randn(7, 7), torch.randn(6, 7), torch.rand(7, 7) < 0.4
+        permitted[:, END] |= ~permitted[:, 4:].any(1)
+        permitted[START] = True
+
+        def constraint(tokens, permitted=permitted):
+            return ~permitted[
+                tokens[:, -1] if tokens.size(1) else torch.full((len(tokens),), START)
+            ]
+
+        def model(image, table=table, permitted=permitted):
+            def language_model(tokens):
+                last = tokens[-1] if tokens else START
+                log_probs = without_special_tokens((table[last] + image).numpy())
+                return np.where(permitted[last], log_probs, -np.inf)
+
+            return language_model
+
+        decoded = decoding.beam_search(Bigrams(table), memory, 8, 6, n_best=8, groups=2,
+                                       diversity=1.0, constraint=constraint)  # fmt: skip
+        clear += count_equal(decoded, [model(image) for image in memory], 2, 4, 1.0)
+    assert clear >= 200  # of 360
 
 
 def test_groups_differ():
@@ -222,6 +257,35 @@ def test_constraint():
         sampled = decoder.sample(features, temperature=1.0, max_len=6, constraint=not_after)
         for row in sampled.tokens.tolist():
             assert 5 not in row and all(a != b or a == 0 for a, b in pairwise(row))
+
+
+def test_all_tokens_banned():
+    """Where a constraint permits no token, a beam finds no caption, and sampling raises."""
+    decoder, features = random_decoder(30)
+
+    def ban_all(tokens):
+        return torch.ones(len(tokens), 9, dtype=torch.bool)
+
+    decoded = decoder.sample(features, beam_size=2, constraint=ban_all)
+    assert not decoded.tokens.any() and not decoded.ended.any()
+    with pytest.raises(ValueError, match="bans all tokens"):
+        decoder.sample(features, temperature=1.0, constraint=ban_all)
+
+
+def test_memory_is_kept():
+    """The memory is copied when the beam grows or a search ends, not at every step."""
+    memories = []
+
+    class Recorder(Bigrams):
+        def step(self, tokens, state, memory):
+            memories.append(memory)
+            return super().step(tokens, state, memory)
+
+    table = torch.zeros(8, 8)
+    table[:, END] = -100.0
+    decoding.beam_search(Recorder(table), torch.zeros(3, 8), beam_size=4, max_len=6)
+    assert [len(memory) for memory in memories] == [3] + 5 * [12]
+    assert len({id(memory) for memory in memories}) == 2
 
 
 def test_ensemble():
@@ -400,6 +464,7 @@ def test_nan(strategy):
         {"temperature": 1.0, "top_k": 0},
         {"temperature": 1.0, "beam_size": 2},
         {"temperature": 1.0, "n_best": 1},
+        {"temperature": 1.0, "groups": 2},
         {"top_k": 5},
         {"beam_size": 3, "n_best": 4},
         {"beam_size": 4, "groups": 3},
@@ -421,3 +486,4 @@ def test_no_images(strategy):
     """An empty batch gives an empty result."""
     decoder, features = random_decoder(29)
     assert all(len(field) == 0 for field in decoder.sample(features[:0], **strategy)[:4])
+    assert len(decoder.sample(features[:0], 4, groups=2).tokens) == 0

@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import calibrated_weights, tiny_config
 from pycocotools.coco import COCO
 
 from checkpoint import save
+from constraints import build_constraint
 from data_loader import image_loader, val_loader
+from decoding import beam_search
+from ensemble import EnsembleDecoder
 from evaluate import caption_dataset, caption_images, evaluate_captions, evaluate_loss, main
+from features import extract_features
 from model import CaptionModel
 from run import build_run
 
@@ -138,6 +143,58 @@ def test_images_without_captions(best, model, dataset, monkeypatch, capsys):
     ]
 
 
+def test_n_best(best, model, data, shared_dataset, capsys):
+    """With --n-best, each caption is printed with its score, best first."""
+    assert main([best, f"{shared_dataset}/images", "--beam-size", "4", "--n-best", "3"]) == 0
+    decoded = model.generate(model.preprocess(data.paths), beam_size=4, n_best=3)
+    expected = [
+        f"{path}: {score:.3f} {caption}"
+        for path, *row in zip(data.paths, decoded.scores.tolist(), model.decode(decoded),
+                              strict=True)
+        for score, caption in zip(*row, strict=True)
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_decoding_options(best, model, data, shared_dataset, capsys):
+    """The command's options are those of `CaptionModel.caption`."""
+    words = "--beam-size 4 --groups 2 --diversity 2 --length-penalty 1 --ban-bad-endings"
+    words = [*words.split(), "--ban-repeated-phrases"]
+    assert main([best, f"{shared_dataset}/images", *words]) == 0
+    constraint = build_constraint(model.vocab, ban_bad_endings=True, ban_repeated_phrases=True)
+    captions = model.caption(data.paths, 4, groups=2, diversity=2.0, length_penalty=1.0,
+                             constraint=constraint)  # fmt: skip
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{path}: {text}" for path, text in zip(data.paths, captions, strict=True)]
+    assert captions != model.caption(data.paths, 4)
+
+
+def test_ensemble(best, model, data, shared_dataset, tmp_path, capsys):
+    """The models of --ensemble may have other decoders and image sizes, each its own features."""
+    torch.manual_seed(1)
+    other = CaptionModel(model.vocab.words, replace(model.config, inject="attend", image_size=96),
+                         calibrated_weights()).eval()  # fmt: skip
+    for weight in other.decoder.parameters():
+        torch.nn.init.normal_(weight)
+    save(other.checkpoint(), tmp_path / "other.pt")
+    words = ["--captions", f"{shared_dataset}/captions.json", "--cache-dir", str(tmp_path),
+             "--ensemble", f"{tmp_path}/other.pt", "--results",
+             f"{tmp_path}/results.json"]  # fmt: skip
+    assert main([best, f"{shared_dataset}/images", *words]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["models"] == 2 and "perplexity" not in metrics
+    memory = []
+    for member in (model, other):
+        features = extract_features(member.encoder, data.paths, member.transform, tmp_path).features
+        ((batch, _),) = image_loader(data, features=features)
+        memory.append(member.encode(batch.float(), precomputed=True))
+    decoder = EnsembleDecoder([model.decoder, other.decoder])
+    captions = model.decode(beam_search(decoder, tuple(memory), 3))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["caption"] for result in results] == captions
+    assert captions != model.caption(data.paths) and captions != other.caption(data.paths)
+
+
 ERRORS = {
     "damaged.pt images": "damaged.pt is damaged",
     "nowhere.pt images": "no file nowhere.pt",
@@ -149,6 +206,9 @@ ERRORS = {
     "best.pt images --device quantum": "'quantum'",
     "best.pt images --precision float64": "'float64'",
     "best.pt images --beam-size 0": "beam_size",
+    "best.pt images --groups 2": "groups must divide",
+    "best.pt images --n-best 2 --captions captions.json": "--n-best prints captions",
+    "best.pt images --ensemble nowhere.pt": "no file nowhere.pt",
     "best.pt images --results nowhere/results.json": "cannot write nowhere/results.json",
 }
 

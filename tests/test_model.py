@@ -330,6 +330,22 @@ def test_caption_by_hand(model, photos):
     assert model.decode(model.generate(features, precomputed=True)) == LEARNED
 
 
+def test_attention_maps(model, photos):
+    """A map for each word of a caption and none for `<end>`: a square, where the positions are."""
+    attend = tiny_model(inject="attend").eval()
+    captions, maps = attend.caption(photos, max_len=7, return_attention=True)
+    assert captions == attend.caption(photos, max_len=7)
+    decoded = attend.generate(attend.preprocess(photos), beam_size=3, max_len=7)
+    for caption, weights, expected in zip(captions, maps, decoded.attention, strict=True):
+        count = len(caption.split())
+        assert weights.shape == (count, 2, 2)
+        np.testing.assert_allclose(weights.reshape(count, 4), expected[:count], atol=1e-5)
+    row = attend.attention_maps(decoded._replace(attention=decoded.attention[:, :, :3]))[0]
+    assert row.shape == (len(captions[0].split()), 3)
+    with pytest.raises(ValueError, match="--inject attend"):
+        model.caption(photos, return_attention=True)
+
+
 def test_sampled_captions(model, photos):
     """A temperature alone selects sampling, which depends on the generator."""
     captions = [
