@@ -15,7 +15,15 @@ from constraints import build_constraint
 from data_loader import image_loader, val_loader
 from decoding import beam_search
 from ensemble import EnsembleDecoder
-from evaluate import caption_dataset, caption_images, evaluate_captions, evaluate_loss, main
+from evaluate import (
+    caption_dataset,
+    caption_images,
+    decoding_options,
+    evaluate_captions,
+    evaluate_loss,
+    main,
+    parse_args,
+)
 from features import extract_features
 from model import CaptionModel
 from run import build_run
@@ -167,6 +175,24 @@ def test_decoding_options(best, model, data, shared_dataset, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"{path}: {text}" for path, text in zip(data.paths, captions, strict=True)]
     assert captions != model.caption(data.paths, 4)
+
+
+@pytest.mark.parametrize(
+    "flags, banned",
+    [
+        (["--ban-bad-endings"], {"<end>"}),
+        (["--ban-repeated-phrases"], {"cup"}),
+        (["--ban-bad-endings", "--ban-repeated-phrases"], {"<end>", "cup"}),
+    ],
+    ids=str,
+)
+def test_bans(model, flags, banned):
+    """Each flag turns on its own constraint, here after "a cup of a"; without one there is none."""
+    constraint = decoding_options(parse_args(["x.pt", "images", *flags]), model.vocab)["constraint"]
+    tokens = torch.tensor([[model.vocab(word) for word in ["a", "cup", "of", "a"]]])
+    found = constraint(tokens)[0].nonzero().flatten().tolist()
+    assert {model.vocab.words[index] for index in found} == banned
+    assert decoding_options(parse_args(["x.pt", "images"]), model.vocab)["constraint"] is None
 
 
 def test_ensemble(best, model, data, shared_dataset, tmp_path, capsys):
