@@ -40,7 +40,8 @@ def split_last_stage(network, name, image_size) -> tuple[nn.Module, nn.Module]:
     trunk, last_stage = _subgraphs(network, graph, cut)
     for name, layer in list(last_stage.named_modules()):
         if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            last_stage.set_submodule(name, _InFloat32(layer))
+            parent, _, child = name.rpartition(".")
+            setattr(last_stage.get_submodule(parent), child, _InFloat32(layer))
     return trunk, last_stage
 
 
