@@ -79,8 +79,8 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
         raise ValueError("beam_size, max_len and n_best must be at least 1, n_best <= beam_size")
     if not length_penalty >= 0:
         raise ValueError("length_penalty must be at least 0 (0: plain log-probability)")
-    if groups < 1 or beam_size % groups or not diversity >= 0:
-        raise ValueError("groups must divide beam_size, and diversity be at least 0")
+    if groups < 1 or beam_size % groups or not 0 <= diversity < torch.inf:
+        raise ValueError("groups must divide beam_size, diversity be finite and at least 0")
     batch, device = _batch_size_and_device(memory)
     search = torch.arange(batch * groups, device=device)  # (A,) the searches in progress:
     # search s is that of group s % groups for image s // groups

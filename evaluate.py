@@ -143,9 +143,12 @@ def write_results(path, image_ids, captions):
 
 def decoding_options(args, vocab) -> dict:
     """The options of `decoding.generate` that the command line gives."""
-    names = ("beam_size", "length_penalty", "n_best", "groups", "diversity")
+    names = ("beam_size", "length_penalty", "n_best", "groups", "diversity", "temperature")
+    options = {name: getattr(args, name) for name in names}
+    if args.beam_size is None:
+        options["beam_size"] = 1 if args.temperature else 3
     constraint = build_constraint(vocab, args.ban_bad_endings, args.ban_repeated_phrases)
-    return {name: getattr(args, name) for name in names} | {"constraint": constraint}
+    return options | {"constraint": constraint}
 
 
 def run(args) -> dict | None:
@@ -183,8 +186,10 @@ def caption_folder(ensemble, args, options):
     paths, best = find_images(args.images), []
     for start in range(0, len(paths), BATCH_SIZE):
         images = ensemble.preprocess(paths[start : start + BATCH_SIZE])
-        decoded = ensemble.generate(images, **options | {"n_best": args.n_best or 1})
+        decoded = ensemble.generate(images, **options)
         captions, scores = ensemble.decode(decoded), decoded.scores.tolist()
+        if not args.n_best:  # one caption per image
+            captions, scores = [[caption] for caption in captions], [[score] for score in scores]
         best += [row[0] for row in captions]
         for path, *row in zip(paths[start:], captions, scores, strict=False):
             for caption, score in zip(*row, strict=True):
@@ -201,11 +206,12 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser.add_argument("--captions", help="their reference captions, in COCO's format")
     parser.add_argument("--results", help="file for the captions, in COCO's results format")
     parser.add_argument("--ensemble", nargs="+", default=[], help="checkpoints to average with")
-    parser.add_argument("--beam-size", type=int, default=3)
+    parser.add_argument("--beam-size", type=int, help="default: 3, or 1 with a temperature")
     parser.add_argument("--n-best", type=int, help="print so many captions per image, with scores")
     parser.add_argument("--groups", type=int, default=1, help="of a diverse beam search")
     parser.add_argument("--diversity", type=float, default=0.5, help="penalty between the groups")
     parser.add_argument("--length-penalty", type=float, default=decoding.LENGTH_PENALTY)
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample words")
     parser.add_argument("--ban-bad-endings", action="store_true", help='such as "a man with a"')
     parser.add_argument("--ban-repeated-phrases", action="store_true",
                         help='such as "a man and a man"')  # fmt: skip

@@ -3,9 +3,12 @@
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
+from naive import beam_search, without_special_tokens
 
+import decoding
 from constraints import CONNECTORS, DETERMINERS, build_constraint
 from metrics import BAD_ENDINGS
 from vocabulary import END, SPECIAL_TOKENS, Vocabulary
@@ -64,6 +67,55 @@ def test_bad_endings():
         expected = {VOCAB.words[END]} if word in BAD_ENDINGS else set()
         assert banned_after(f"dog {word}", ban_bad_endings=True) == expected
     assert banned_after("", ban_bad_endings=True) == set()
+
+
+class Bigrams:
+    """A decoder whose logits depend on the last token, its position, and the image."""
+
+    def __init__(self, table, position):
+        self.table, self.position = table, position
+
+    def init_state(self, memory):
+        return (torch.zeros(1, len(memory), dtype=torch.int64),)
+
+    def step(self, tokens, state, memory):
+        (t,) = state
+        return self.table[tokens] + self.position[t[0]] + memory, (t + 1,), None
+
+
+def test_beam_search():
+    """With both bans, the captions are those of a naive search over what is permitted."""
+    torch.manual_seed(0)
+    size = len(VOCAB)
+    table, position, memory = (torch.randn(n, size) / 2 for n in (size, 8, 20))
+    for before, after in (("<start>", "a"), ("a", "man"), ("man", "and"), ("and", "a")):
+        table[VOCAB(before), VOCAB(after)] += 3
+
+    def is_permitted(tokens):
+        *words, last = (VOCAB.words[token] for token in tokens)
+        ends_badly = last == "<end>" and words and words[-1] in BAD_ENDINGS
+        return not ends_badly and not REPEATED.search(" ".join([*words, last]))
+
+    def permitted(image):
+        def language_model(tokens):
+            logits = table[tokens[-1] if tokens else 1] + position[len(tokens)] + image
+            log_probs = without_special_tokens(logits.numpy())
+            banned = [not is_permitted([*tokens, token]) for token in range(size)]
+            return np.where(banned, -np.inf, log_probs)
+
+        return language_model
+
+    decoder, constraint = Bigrams(table, position), build_constraint(VOCAB, True, True)
+    decoded = decoding.beam_search(decoder, memory, 3, 8, constraint=constraint)
+    free = decoding.beam_search(decoder, memory, 3, 8)
+    clear = changed = 0
+    for image, found, other in zip(memory, decoded.tokens, free.tokens, strict=True):
+        (best,), margin = beam_search(permitted(image), 3, 8, 0.7)
+        if margin > 1e-4:
+            clear += 1
+            assert [t for t in found.tolist() if t] == best.tokens
+            changed += best.tokens != [t for t in other.tolist() if t]
+    assert clear >= 14 and changed >= 3
 
 
 def test_both():

@@ -469,6 +469,7 @@ def test_nan(strategy):
         {"beam_size": 3, "n_best": 4},
         {"beam_size": 4, "groups": 3},
         {"beam_size": 4, "groups": 2, "diversity": -1.0},
+        {"beam_size": 4, "groups": 2, "diversity": float("inf")},
         {"length_penalty": -0.5},
         {"length_penalty": float("nan")},
     ],

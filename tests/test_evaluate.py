@@ -164,6 +164,18 @@ def test_n_best(best, model, data, shared_dataset, capsys):
     assert capsys.readouterr().out.splitlines() == expected
 
 
+def test_temperature(best, data, shared_dataset, capsys):
+    """With --temperature, words are sampled, without a beam."""
+    torch.manual_seed(0)
+    model = CaptionModel.from_checkpoint(best)
+    captions = model.caption(data.paths, temperature=2.0)
+    torch.manual_seed(0)
+    assert main([best, f"{shared_dataset}/images", "--temperature", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"{path}: {text}" for path, text in zip(data.paths, captions, strict=True)]
+    assert captions != model.caption(data.paths, temperature=2.0)
+
+
 def test_decoding_options(best, model, data, shared_dataset, capsys):
     """The command's options are those of `CaptionModel.caption`."""
     words = "--beam-size 4 --groups 2 --diversity 2 --length-penalty 1 --ban-bad-endings"
@@ -233,6 +245,8 @@ ERRORS = {
     "best.pt images --precision float64": "'float64'",
     "best.pt images --beam-size 0": "beam_size",
     "best.pt images --groups 2": "groups must divide",
+    "best.pt images --beam-size 2 --temperature 1": "cannot be combined",
+    "best.pt images --n-best 1 --temperature 1": "cannot be combined",
     "best.pt images --n-best 2 --captions captions.json": "--n-best prints captions",
     "best.pt images --ensemble nowhere.pt": "no file nowhere.pt",
     "best.pt images --results nowhere/results.json": "cannot write nowhere/results.json",

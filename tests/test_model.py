@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeFolder, calibrated_weights, supported
-from naive import NaiveDecoder
+from naive import NaiveAttentionDecoder, NaiveDecoder
 from PIL import Image
 
 from checkpoint import export, load_safely, save
@@ -333,13 +333,22 @@ def test_caption_by_hand(model, photos):
 def test_attention_maps(model, photos):
     """A map for each word of a caption and none for `<end>`: a square, where the positions are."""
     attend = tiny_model(inject="attend").eval()
+    torch.manual_seed(0)
+    for weight in (*attend.decoder.parameters(), attend.encoder.linear.weight):
+        torch.nn.init.normal_(weight)  # large, so that the maps of different words differ
     captions, maps = attend.caption(photos, max_len=7, return_attention=True)
     assert captions == attend.caption(photos, max_len=7)
     decoded = attend.generate(attend.preprocess(photos), beam_size=3, max_len=7)
-    for caption, weights, expected in zip(captions, maps, decoded.attention, strict=True):
-        count = len(caption.split())
-        assert weights.shape == (count, 2, 2)
-        np.testing.assert_allclose(weights.reshape(count, 4), expected[:count], atol=1e-5)
+    naive = NaiveAttentionDecoder(attend.decoder)
+    with torch.no_grad():
+        memory = attend.encode(attend.preprocess(photos)).numpy()
+    for caption, weights, image in zip(captions, maps, memory, strict=True):
+        words, state = caption.split(), naive.init_state(image)
+        assert weights.shape == (len(words), 2, 2)
+        for token, found in zip([1, *map(attend.vocab, words)], weights, strict=False):
+            _, state, expected = naive.step(token, state, image)
+            np.testing.assert_allclose(found.flatten(), expected, atol=1e-4)
+    assert max(np.ptp(weights, axis=0).max() for weights in maps if len(weights)) > 0.5
     row = attend.attention_maps(decoded._replace(attention=decoded.attention[:, :, :3]))[0]
     assert row.shape == (len(captions[0].split()), 3)
     with pytest.raises(ValueError, match="--inject attend"):
