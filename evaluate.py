@@ -97,16 +97,20 @@ def evaluate_captions(model, loader, training_captions=(), beam_size=3, **option
 
     loader: a `val_loader`, whose images are captioned too. All ranks get the same metrics.
     """
+    return {
+        "images": len(loader.dataset.data), "beam_size": beam_size,
+        "perplexity": perplexity(*evaluate_loss(model, loader)),
+        **score_captions(model, loader, training_captions, beam_size=beam_size, **options),
+    }  # fmt: skip
+
+
+def score_captions(model, loader, training_captions=(), **options) -> dict:
+    """`evaluate_captions` without the perplexity: no teacher forcing."""
     dataset, data = loader.dataset, loader.dataset.data
     candidates = caption_dataset(
-        model, data, transform=dataset.transform, features=dataset.features, beam_size=beam_size,
-        **options,
-    )  # fmt: skip
-    nll, tokens = evaluate_loss(model, loader)
-    return {
-        "images": len(data), "beam_size": beam_size, "perplexity": perplexity(nll, tokens),
-        **score(candidates, data, model.vocab, training_captions),
-    }  # fmt: skip
+        model, data, transform=dataset.transform, features=dataset.features, **options
+    )
+    return score(candidates, data, model.vocab, training_captions)
 
 
 def score(candidates, data, vocab, training_captions=()) -> dict:
@@ -173,7 +177,8 @@ def run(args) -> dict | None:
     metrics |= {"ban_bad_endings": args.ban_bad_endings,
                 "ban_repeated_phrases": args.ban_repeated_phrases}  # fmt: skip
     if len(models) == 1:
-        loader = val_loader(data, models[0].vocab, features=arrays[0], cache_dir=args.cache_dir)
+        loader = val_loader(data, models[0].vocab, features=arrays[0], cache_dir=args.cache_dir,
+                            group_images=True)  # fmt: skip
         metrics["perplexity"] = perplexity(*evaluate_loss(models[0], loader))
     return metrics | score(candidates, data, models[0].vocab)
 

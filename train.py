@@ -35,7 +35,7 @@ from distributed import (
     show_progress,
     to_float64,
 )
-from evaluate import evaluate_captions, evaluate_loss
+from evaluate import evaluate_captions, evaluate_loss, score_captions
 from files import write_text
 from metrics import perplexity
 from model import CaptionModel
@@ -151,7 +151,7 @@ def validate(run: Run) -> dict:
     nll, tokens = evaluate_loss(run.model, run.val_loader)
     results = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
     if run.config.best_by == "cider":
-        metrics = evaluate_captions(run.model, run.val_loader)
+        metrics = score_captions(run.model, run.val_loader)
         results |= {
             "val_cider": metrics["CIDEr-D"], "val_distinct": metrics["distinct"],
             "val_bad_endings": metrics["bad endings"],

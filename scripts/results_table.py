@@ -31,13 +31,15 @@ from files import write_text
 BEAM_SIZE = 5
 REGULARIZED = ["--dropout", "0.5", "--feature-dropout", "0.5",
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
+# Not tuned yet: small steps from a converged model. Of an option given twice, the last one counts.
+FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "5"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
     "init": (["--inject", "init"], None),
     "pre": (["--inject", "pre"], None),
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
-    "fine-tuned": (["--inject", "attend", "--fine-tune", "last"], "attend"),
+    "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
     "self-critical": (["--inject", "attend", "--loss", "self-critical"], "attend"),
     "ensemble": (None, "attend"),
 }

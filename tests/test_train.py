@@ -219,7 +219,7 @@ def test_report(finished):
 
 
 def captions_with(cider):
-    """What `evaluate_captions` returns of this."""
+    """What `score_captions` returns of this."""
     return {"CIDEr-D": cider, "distinct": 1.0, "bad endings": 0.0}
 
 
@@ -230,7 +230,7 @@ def fit_with(request, dataset, monkeypatch):
     def run(results, **options):
         left = iter(results)
         if request.param == "cider":
-            monkeypatch.setattr(train, "evaluate_captions", lambda *_: captions_with(-next(left)))
+            monkeypatch.setattr(train, "score_captions", lambda *_: captions_with(-next(left)))
         else:
             monkeypatch.setattr(train, "evaluate_loss", lambda *_: (next(left) * 10, 10))
         history = fit(build_run(tiny_config(dataset, best_by=request.param, **options)))
