@@ -32,7 +32,8 @@ def train(config, rank=0):
         assert main(command_line(config)) == 0
 
 
-def train_rank(rank, port, config, patches):
+def train_rank(rank, port, config, patches, threads):
+    torch.set_num_threads(threads)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
@@ -51,8 +52,9 @@ def train_in_two_processes(config, patches=None):
     # started threads. The server, which has imported everything, has none.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
+    threads = torch.get_num_threads()
     processes = [
-        context.Process(target=train_rank, args=(rank, store.port, config, patches or {}))
+        context.Process(target=train_rank, args=(rank, store.port, config, patches or {}, threads))
         for rank in (0, 1)
     ]
     for process in processes:
