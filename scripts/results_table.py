@@ -31,7 +31,7 @@ from files import write_text
 BEAM_SIZE = 5
 REGULARIZED = ["--dropout", "0.5", "--feature-dropout", "0.5",
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
-# Not tuned yet: small steps from a converged model. Of an option given twice, the last one counts.
+# Small steps from a converged model. Of an option given twice, the last one counts.
 FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "5"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
@@ -40,8 +40,11 @@ ROWS = {
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
-    "self-critical": (["--inject", "attend", "--loss", "self-critical"], "attend"),
-    "ensemble": (None, "attend"),
+    "self-critical": (
+        ["--inject", "attend", "--loss", "self-critical", "--epochs", "6"],
+        "fine-tuned",
+    ),
+    "ensemble": (None, "self-critical"),
 }
 COLUMNS = {"perplexity": "{:.2f}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.3f}", "distinct": "{:.0%}",
            "minutes": "{:.0f}"}  # fmt: skip
