@@ -51,8 +51,9 @@ MAY_IMPORT = {
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "evaluate": {
         "coco", "constraints", "data_loader", "decoding", "distributed", "ensemble", "features",
-        "files", "layers", "losses", "metrics", "model", "vocabulary",
+        "files", "images", "layers", "losses", "metrics", "model", "vocabulary",
     },
+    "caption": {"coco", "distributed", "evaluate", "images", "model", "plots"},
     "run": {
         "backbones", "card", "checkpoint", "coco", "config", "data_loader", "distributed",
         "features", "images", "losses", "model", "rewards", "vocabulary",
