@@ -48,16 +48,20 @@ def find_photos(arguments, on_bad) -> list[Path]:
 
 def decoding_options(args) -> dict:
     """The options of `decoding.generate`. Raises ValueError if they contradict each other."""
-    if not args.sample:
-        if args.temperature is not None:
-            raise ValueError("--temperature is for sampling: add --sample")
-        beam_size = max(3, args.n or 1) if args.beam is None else args.beam
-        if (args.n or 1) > beam_size:
-            raise ValueError(f"--n {args.n} needs a --beam of at least {args.n}")
-        return {"beam_size": beam_size, "n_best": args.n}
-    if args.n or args.beam:
-        raise ValueError("--n and --beam are for beam search: leave them or --sample out")
-    return {"temperature": 1.0 if args.temperature is None else args.temperature}
+    if args.sample:
+        if not (args.n is None and args.beam is None):
+            raise ValueError("--n and --beam are for beam search: leave them or --sample out")
+        temperature = 1.0 if args.temperature is None else args.temperature
+        if not temperature > 0:
+            raise ValueError("--temperature must be greater than 0")
+        return {"temperature": temperature}
+    if args.temperature is not None:
+        raise ValueError("--temperature is for sampling: add --sample")
+    n = 1 if args.n is None else args.n
+    beam_size = max(3, n) if args.beam is None else args.beam
+    if not 1 <= n <= beam_size:
+        raise ValueError("--n must be at least 1, and --beam at least as large as --n")
+    return {"beam_size": beam_size, "n_best": args.n}
 
 
 def save_map(folder, names, found, transform):
