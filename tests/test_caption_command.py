@@ -312,10 +312,9 @@ def test_closed_pipe(command, photos, monkeypatch):
     """A reader that ends early, such as `| head`, ends the command without a traceback."""
     reading, writing = os.pipe()
     os.close(reading)
-    pipe = open(writing, "w")
-    monkeypatch.setattr("sys.stdout", pipe)
-    assert command(*photos) == (141, [], [f"model: {SUMMARY}"])
-    pipe.close()  # as Python does at exit; raises BrokenPipeError if something is left to write
+    with open(writing, "w") as pipe:  # closed as at exit: it would raise if anything were left
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert command(*photos) == (141, [], [f"model: {SUMMARY}"])
 
 
 @pytest.mark.parametrize("terminal, shown", [(True, True), (False, False)])
