@@ -13,6 +13,7 @@ results format; the image ids are those of `evaluate.image_id_of`.
 import argparse
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -160,7 +161,9 @@ def parse_args(arguments=None) -> argparse.Namespace:
 def main(arguments=None) -> int:
     args = parse_args(arguments)
     try:
-        return run(args)
+        with warnings.catch_warnings():  # Pillow's, about files that it cannot read or reads anyway
+            warnings.filterwarnings("ignore", module="PIL")
+            return run(args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the program that reads the output, such as head, has ended

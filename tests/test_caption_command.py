@@ -224,20 +224,21 @@ def test_maps_of_the_best(command, attend, photos):
 # ---------------------------------------------------------------------------- what goes wrong
 
 
-def test_damaged_files(command, model, photos):
+def test_damaged_files(command, model, photos, recwarn):
     """Of 20 damaged and 5 good files, the 5 are captioned, and the 20 named in a sentence each."""
     content = Path(photos[0]).read_bytes()
     damaged = []
     for number in range(20):
-        kinds = (b"", b"text", content[: 30 * number], content[100:], bytes(1000))
+        kinds = (b"", b"text", content[: 30 * number], content[100:], b"II*\0" + b"\1" * 300)
         damaged.append(f"x{number:02}.jpg")
-        Path(damaged[-1]).write_bytes(kinds[number % 5])
+        Path(damaged[-1]).write_bytes(kinds[number % 5])  # the last is a TIFF: Pillow warns
     good = photos[1:6]
     mixed = [*damaged[:3], good[0], *damaged[3:11], *good[1:4], *damaged[11:], good[4]]
     status, printed, errors = command(*mixed, "--json", "out.json")
     assert status == 1
     assert printed == lines(good, model.caption(good))
     assert [line.split(":")[:2] for line in errors[1:]] == [["error", f" {n}"] for n in damaged]
+    assert len(errors) == 21 and not recwarn.list
     assert len(json.loads(Path("out.json").read_text())) == 5
 
 
