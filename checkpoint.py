@@ -18,7 +18,15 @@ from pathlib import Path
 
 import torch
 
-from distributed import all_reduce_sum, gather, print0, rank_and_world_size
+from card import card_of, with_results
+from distributed import (
+    all_reduce_sum,
+    gather,
+    get_rng_state,
+    print0,
+    rank_and_world_size,
+    set_rng_state,
+)
 from files import atomic_write, file_lock, write_text
 
 RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json")
@@ -73,8 +81,10 @@ def with_current_values(config) -> dict:
     return {**config, "fine_tune": names.get(value, value)}
 
 
-def export(source, target):
+def export(source, target, card=None):
     """Write the weights of a checkpoint in half precision, without the optimizer state.
+
+    card: entries to add to the model card, or to replace in it.
 
     The file is smaller, and `CaptionModel.from_checkpoint` loads it. Vectors, such as biases and
     BatchNorm statistics, stay in float32: they are small, and may exceed the range of half
@@ -85,6 +95,7 @@ def export(source, target):
     checkpoint = load_safely(source)
     try:
         config, words = config_and_words(checkpoint)
+        card = card_of(checkpoint) | (card or {})
         state = {
             name: tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
             for name, tensor in checkpoint["model"].items()
@@ -92,21 +103,11 @@ def export(source, target):
     except (LookupError, TypeError, ValueError, AttributeError):
         raise ValueError(f"{source} is not a checkpoint of a captioning model") from None
     history = checkpoint.get("history", [])
-    save({"config": config, "words": words, "model": state, "history": history}, target)
+    content = {"config": config, "words": words, "model": state, "history": history, "card": card}
+    save(content, target)
 
 
 # ---------------------------------------------------------------------------- interruptions
-
-
-def get_rng_state(device) -> dict:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state, device):
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
 def delete_run_files(run_dir: Path):
@@ -258,6 +259,7 @@ def save_run(run):
         return
     epoch_done, history = progress.step == 0, progress.history
     content = run.model.checkpoint() | {"train_config": asdict(config), "history": history}
+    content["card"] = with_results(run.model.card, history)
     if epoch_done and best_epoch(history, config.best_by) == len(history) - 1:
         save(content, out / "best.pt")
     content |= {

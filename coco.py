@@ -30,6 +30,7 @@ class CocoCaptions:
     captions: a list of captions per image.
     indices: positions 0..N-1 in the complete split, which `without` keeps; they index features.
     uncaptioned: file names of the listed images that have no caption and are left out.
+    description: that in the "info" of the captions file, on one line, or else the file's name.
     """
 
     def __init__(self, image_dir, captions_file):
@@ -38,6 +39,7 @@ class CocoCaptions:
         if not self.image_dir.is_dir():
             raise DataError(f"there is no image folder {image_dir}; check the path")
         coco = read_captions(captions_file)
+        self.description = _description(coco.dataset["info"]) or self.captions_file.name
         self.image_ids, self.paths, self.captions, self.uncaptioned = [], [], [], []
         for image_id in sorted(coco.getImgIds()):
             name = coco.imgs[image_id]["file_name"]
@@ -90,9 +92,15 @@ def read_captions(captions_file) -> COCO:
         raise DataError(f"{path}: {problem}")
     coco = COCO()
     coco.dataset = {key: content[key] for key in ("images", "annotations")}
+    coco.dataset["info"] = content.get("info")
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def _description(info) -> str:
+    text = info.get("description") if isinstance(info, dict) else None
+    return " ".join(text.split())[:100] if isinstance(text, str) else ""
 
 
 def write_captions(path, images, annotations, description):

@@ -179,6 +179,17 @@ def use_deterministic_algorithms():
     torch.use_deterministic_algorithms(True)
 
 
+def get_rng_state(device) -> dict:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
 # ---------------------------------------------------------------------------- precision
 
 

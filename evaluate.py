@@ -16,7 +16,9 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import decoding
@@ -34,6 +36,7 @@ from distributed import (
 from ensemble import Ensemble
 from features import extract_features
 from files import write_text
+from images import BadImageError
 from layers import eval_mode
 from losses import TeacherForcing
 from metrics import caption_scores, diagnostics, perplexity, unk_rate
@@ -122,12 +125,70 @@ def score(candidates, data, vocab, training_captions=()) -> dict:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- image files
+
+
+class Captioned(NamedTuple):
+    """The generated captions of an image file."""
+
+    path: Path
+    captions: list[str]  # one, or with `n_best` as many as exist, best first
+    scores: list[float]  # of the captions, see `decoding.Decoded`
+    attention: np.ndarray | None  # of the best caption, see `CaptionModel.caption`
+
+
+def caption_files(model, paths, on_bad=None, return_attention=False, **options):
+    """Caption image files; yields a `Captioned` for each, in order.
+
+    A batch of files is read when its captions are requested, so that the memory does not depend on
+    the number of files.
+
+    model: a `CaptionModel` or an `Ensemble`. on_bad: a function that gets the BadImageError of a
+    file that cannot be read, which is then left out; None: it is raised. options: of
+    `decoding.generate`.
+
+    Raises ValueError for attention of a model without.
+    """
+    for start in range(0, len(paths), BATCH_SIZE):
+        readable, images = read_images(model, paths[start : start + BATCH_SIZE], on_bad)
+        if not readable:
+            continue
+        decoded = model.generate(images, **options)
+        if decoded.tokens.dim() == 2:  # one caption per image
+            decoded = decoding.Decoded(*(None if x is None else x.unsqueeze(1) for x in decoded))
+        best = decoding.Decoded(*(None if x is None else x[:, 0] for x in decoded))
+        maps = model.attention_maps(best) if return_attention else [None] * len(readable)
+        rows = zip(readable, model.decode(decoded), decoded.scores.tolist(), maps, strict=True)
+        for path, captions, scores, attention in rows:
+            count = max(
+                1, sum(score > -math.inf for score in scores)
+            )  # fewer than n_best may exist
+            yield Captioned(path, captions[:count], scores[:count], attention)
+
+
+def read_images(model, paths, on_bad=None):
+    """(the paths of the files that can be read, their batch); `on_bad` as in `caption_files`."""
+    try:
+        return paths, model.preprocess(paths)
+    except BadImageError:
+        if on_bad is None:
+            raise
+    readable = []
+    for path in paths:
+        try:
+            model.preprocess([path])
+            readable.append(path)
+        except BadImageError as error:
+            on_bad(error)
+    return readable, model.preprocess(readable) if readable else None
 
 
 def find_images(folder) -> list[Path]:
     """The image files in a folder and its subfolders, sorted. Raises DataError if there is none."""
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(
+        path for path in Path(folder).rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+    )  # fmt: skip
     if not paths:
         raise DataError(f"there is no image in {folder}; check the path")
     return paths
@@ -143,6 +204,9 @@ def write_results(path, image_ids, captions):
     """COCO's results format. Raises OSError if the file cannot be written."""
     results = [{"image_id": i, "caption": c} for i, c in zip(image_ids, captions, strict=True)]
     write_text(path, json.dumps(results))
+
+
+# ---------------------------------------------------------------------------- command line
 
 
 def decoding_options(args, vocab) -> dict:
@@ -189,17 +253,10 @@ def caption_folder(ensemble, args, options):
     With `--n-best`, a line has the score of its caption, which is higher for a better one.
     """
     paths, best = find_images(args.images), []
-    for start in range(0, len(paths), BATCH_SIZE):
-        images = ensemble.preprocess(paths[start : start + BATCH_SIZE])
-        decoded = ensemble.generate(images, **options)
-        captions, scores = ensemble.decode(decoded), decoded.scores.tolist()
-        if not args.n_best:  # one caption per image
-            captions, scores = [[caption] for caption in captions], [[score] for score in scores]
-        best += [row[0] for row in captions]
-        for path, *row in zip(paths[start:], captions, scores, strict=False):
-            for caption, score in zip(*row, strict=True):
-                if score > -math.inf:  # otherwise fewer captions exist
-                    print(f"{path}: {f'{score:.3f} ' if args.n_best else ''}{caption}")
+    for path, captions, scores, _ in caption_files(ensemble, paths, **options):
+        best.append(captions[0])
+        for caption, score in zip(captions, scores, strict=True):
+            print(f"{path}: {f'{score:.3f} ' if args.n_best else ''}{caption}")
     if args.results:
         write_results(args.results, map(image_id_of, paths), best)
 

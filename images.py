@@ -75,6 +75,11 @@ def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
     ])  # fmt: skip
 
 
+def without_normalization(transform: v2.Compose) -> v2.Compose:
+    """Path or PIL image -> the part of it that `transform` selects, as a PIL image."""
+    return v2.Compose(transform.transforms[:-3])  # without `_to_tensor`
+
+
 def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                     interpolation="bilinear") -> v2.Compose:  # fmt: skip
     """Same as `eval_transform`, but with a random crop, for training without cached features.

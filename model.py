@@ -1,7 +1,8 @@
 """CNN encoder and LSTM decoder for image captioning.
 
-    model = CaptionModel.from_checkpoint("runs/synthetic/best.pt")
+    model = CaptionModel.from_checkpoint("runs/synthetic/best.pt")   # or CaptionModel.pretrained()
     model.caption("photo.jpg")                    # ["a dog runs across the grass"]
+    model.card["summary"]                         # what the model was trained on
 
     encoder = EncoderCNN(embed_size=256)          # ResNet50, frozen, and a trainable linear layer
     decoder = DecoderRNN(embed_size=256, hidden_size=512, vocab_size=len(vocab))
@@ -21,6 +22,7 @@ from torch import nn
 import decoding
 from attention import AttentionDecoder
 from backbones import input_settings
+from card import NOT_RECORDED, card_of
 from checkpoint import config_and_words, load_safely
 from config import ModelConfig
 from distributed import autocast, resolve_precision
@@ -31,6 +33,7 @@ from vocabulary import PAD, Vocabulary
 
 INJECT_MODES = ("pre", "par", "init")  # of `DecoderRNN`
 DEFAULTS = ModelConfig
+PRETRAINED = Path(__file__).with_name("photo_captioner.pt")  # trained on photographs
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -126,13 +129,17 @@ class DecoderRNN(nn.Module):
 
 
 class CaptionModel(nn.Module):
-    """Encoder, decoder and vocabulary: everything that is needed to caption an image."""
+    """Encoder, decoder and vocabulary: everything that is needed to caption an image.
+
+    card: the model card, a dict that says what the model was trained on; see card.py.
+    """
 
     def __init__(self, words, config: ModelConfig | None = None, weights="DEFAULT"):
         """words: the words of the vocabulary. weights: of the backbone, as in `EncoderCNN`."""
         super().__init__()
         self.config = c = config or ModelConfig()
         self.vocab = Vocabulary(words)
+        self.card = dict(NOT_RECORDED)
         self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
             c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
@@ -145,9 +152,10 @@ class CaptionModel(nn.Module):
             self.decoder = DecoderRNN(*sizes, c.num_layers, c.dropout, c.inject)
 
     def checkpoint(self) -> dict:
-        """What `from_checkpoint` needs: config, words and weights."""
+        """What `from_checkpoint` needs: config, words and weights; and the model card."""
         return {
             "config": asdict(self.config), "words": self.vocab.words, "model": self.state_dict(),
+            "card": self.card,
         }  # fmt: skip
 
     @classmethod
@@ -164,6 +172,7 @@ class CaptionModel(nn.Module):
             config = ModelConfig(**config | ({"precision": precision} if precision else {}))
             model = cls(words, config, weights=None)
             model.load_state_dict(checkpoint["model"])
+            model.card = card_of(checkpoint)
         except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} is not a checkpoint of this model ({type(error).__name__}: "
@@ -171,6 +180,19 @@ class CaptionModel(nn.Module):
             ) from None
         resolve_precision(device, config.precision)  # fail now, not at the first image
         return model.to(device).eval()
+
+    @classmethod
+    def pretrained(cls, device="cpu", precision=None):
+        """The model in photo_captioner.pt beside model.py, which was trained on photographs.
+
+        Raises FileNotFoundError if there is no such file, else as `from_checkpoint`.
+        """
+        if not PRETRAINED.is_file():
+            raise FileNotFoundError(
+                f"there is no pre-trained model {PRETRAINED}: get that file, or train a model with "
+                "train.py and load its best.pt"
+            )
+        return cls.from_checkpoint(PRETRAINED, device, precision)
 
     @property
     def device(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from backbones import input_settings
+from card import training_card
 from checkpoint import find_earlier_run, modification_times, restore
 from coco import CocoCaptions
 from config import TrainConfig
@@ -88,6 +89,8 @@ def build_run(config: TrainConfig) -> Run:
     torch.manual_seed(config.seed)
     model = build_model(config, train_data).to(device)
     loaders = build_loaders(config, model, train_data, val_data)
+    splits = [loader.dataset.data for loader in loaders]
+    model.card = training_card(config, *splits, source=model.card if config.init_from else None)
     loss, reward, totals = build_loss(config, model, loaders[0].dataset)
     progress = Progress(totals=to_float64(torch.zeros(totals, device=device)))
     optimizer = build_optimizer(model, config)
@@ -110,6 +113,7 @@ def build_model(config, train_data) -> CaptionModel:
     model = CaptionModel(source.vocab.words, config.model_config(), weights=None)
     try:
         model.load_state_dict(source.state_dict())
+        model.card = source.card
     except RuntimeError as error:
         raise ValueError(
             f"the model in {config.init_from} has another architecture than this run: "

@@ -28,6 +28,7 @@ from rasterize import downsample, rasterize, rgba
 
 VERSION = "2"  # increase it whenever the generated files change
 SIZES = {"train": 1600, "val": 200, "test": 200}  # scenes per split
+DESCRIPTION = "Synthetic scenes with generated captions; no photographs."
 IMAGE_SIDE = 128  # pixels; images are square
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
@@ -204,8 +205,8 @@ def write_synthetic(root, sizes: dict[str, int] = SIZES, seed: int = 0) -> dict[
     """
     root = Path(root)
     files = {name: (root / name, root / "annotations" / f"captions_{name}.json") for name in sizes}
-    info = {"description": "Synthetic scenes with generated captions; no photographs."}
-    info |= {"version": VERSION, "contributor": "synthetic.py", "sizes": sizes, "seed": seed}
+    info = {"description": DESCRIPTION, "version": VERSION, "contributor": "synthetic.py"}
+    info |= {"sizes": sizes, "seed": seed}
     if not is_written(files, info):
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as folder:

@@ -216,7 +216,7 @@ def test_export(checkpoint, photos, tmp_path):
     assert ratio < 0.58
     assert CaptionModel.from_checkpoint(tmp_path / "small.pt").caption(photos) == LEARNED
     content = torch.load(tmp_path / "small.pt")
-    assert content.keys() == {"config", "words", "model", "history"}
+    assert content.keys() == {"config", "words", "model", "history", "card"}
     halved = {name for name, t in content["model"].items() if t.dtype == torch.float16}
     assert halved == {name for name, t in training["model"].items() if t.dim() > 1}
 

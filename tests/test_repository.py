@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "distributed": {}, "files": {}, "images": {}, "layers": {}, "metrics": {}, "plots": {},
     "rasterize": {},
     "synthetic": {"rasterize"},
-    "checkpoint": {"distributed", "files"},
+    "card": {"synthetic"},
+    "checkpoint": {"card", "distributed", "files"},
     "coco": {"files"},
     "download": {"files"},
     "vocabulary": {"files"},
@@ -41,8 +42,8 @@ MAY_IMPORT = {
     "last_stage": {"backbones"},
     "encoder": {"backbones", "config", "last_stage", "layers"},
     "model": {
-        "attention", "backbones", "checkpoint", "config", "decoding", "distributed", "encoder",
-        "images", "layers", "vocabulary",
+        "attention", "backbones", "card", "checkpoint", "config", "decoding", "distributed",
+        "encoder", "images", "layers", "vocabulary",
     },
     "losses": {"decoding", "layers", "vocabulary"},
     "constraints": {"metrics", "vocabulary"},
@@ -50,11 +51,12 @@ MAY_IMPORT = {
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "evaluate": {
         "coco", "constraints", "data_loader", "decoding", "distributed", "ensemble", "features",
-        "files", "layers", "losses", "metrics", "model", "vocabulary",
+        "files", "images", "layers", "losses", "metrics", "model", "vocabulary",
     },
+    "caption": {"coco", "distributed", "evaluate", "images", "model", "plots"},
     "run": {
-        "backbones", "checkpoint", "coco", "config", "data_loader", "distributed", "features",
-        "images", "losses", "model", "rewards", "vocabulary",
+        "backbones", "card", "checkpoint", "coco", "config", "data_loader", "distributed",
+        "features", "images", "losses", "model", "rewards", "vocabulary",
     },
     "train": {
         "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"

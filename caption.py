@@ -1,0 +1,181 @@
+"""Caption photographs: prints the path, a tab and the caption of each.
+
+    python caption.py photo.jpg holiday          # of a folder, all images in it and its subfolders
+    python caption.py photo.jpg --n 3            # the three best captions, each with its score
+    python caption.py photo.jpg --maps maps      # pictures of the attention, in maps/photo.jpg
+    find . -name "*.jpg" | python caption.py - --json captions.json
+
+A file that cannot be read is named on standard error and left out; the exit status is then 1. The
+scores are those of `decoding.Decoded`: the higher, the more probable. `--json` writes COCO's
+results format; the image ids are those of `evaluate.image_id_of`.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from coco import DataError
+from distributed import pick_device
+from evaluate import BATCH_SIZE, caption_files, find_images, image_id_of, write_results
+from images import without_normalization
+from model import CaptionModel
+
+
+def find_photos(arguments, on_bad) -> list[Path]:
+    """The files that the arguments name: "-" stands for the lines of standard input.
+
+    Of a folder, all its images, sorted. on_bad: gets the DataError of a folder without images.
+    """
+    paths = []
+    for argument in arguments:
+        if argument == "-":
+            lines = [line.rstrip("\n") for line in sys.stdin]
+            paths += find_photos([line for line in lines if line not in ("", "-")], on_bad)
+        elif Path(argument).is_dir():
+            try:
+                paths += find_images(argument)
+            except DataError as error:
+                on_bad(error)
+        else:
+            paths.append(Path(argument))
+    return paths
+
+
+def decoding_options(args) -> dict:
+    """The options of `decoding.generate`. Raises ValueError if they contradict each other."""
+    if args.sample:
+        if not (args.n is None and args.beam is None):
+            raise ValueError("--n and --beam are for beam search: leave them or --sample out")
+        temperature = 1.0 if args.temperature is None else args.temperature
+        if not temperature > 0:
+            raise ValueError("--temperature must be greater than 0")
+        return {"temperature": temperature}
+    if args.temperature is not None:
+        raise ValueError("--temperature is for sampling: add --sample")
+    n = 1 if args.n is None else args.n
+    beam_size = max(3, n) if args.beam is None else args.beam
+    if not 1 <= n <= beam_size:
+        raise ValueError("--n must be at least 1, and --beam at least as large as --n")
+    return {"beam_size": beam_size, "n_best": args.n}
+
+
+def save_map(folder, names, found, transform):
+    """Save the attention for each word as a picture, named like the photo.
+
+    names: the names in use; a photo of the same name as another gets a number behind it.
+    """
+    import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
+
+    from plots import attention_maps
+
+    name, number = found.path.stem, 2
+    while name in names:
+        name, number = f"{found.path.stem}-{number}", number + 1
+    names.add(name)
+    image = without_normalization(transform)(found.path)
+    figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
+    figure.savefig(Path(folder) / f"{name}.jpg")
+    plt.close(figure)
+
+
+def run(args) -> int:
+    """Caption the photos; returns the exit status, 1 if a file could not be read."""
+    options, bad = decoding_options(args), []
+
+    def on_bad(error):
+        bad.append(error)
+        tqdm.write(f"error: {error}", file=sys.stderr)
+
+    paths = find_photos(args.photos, on_bad)
+    if not paths:
+        raise DataError("there is nothing to caption: give photos, folders, or paths to -")
+    check_outputs(args)
+    device = pick_device(args.device)
+    model = (CaptionModel.from_checkpoint(args.checkpoint, device) if args.checkpoint
+             else CaptionModel.pretrained(device))  # fmt: skip
+    print(f"model: {model.card['summary']}", file=sys.stderr)
+    torch.manual_seed(args.seed)
+    captions, map_names = [], set()
+    hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
+    with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
+        for found in caption_files(model, paths, on_bad, bool(args.maps), **options):
+            print_captions(found, with_scores=args.n is not None)
+            captions.append((image_id_of(found.path), found.captions[0]))
+            if args.maps:
+                save_map(args.maps, map_names, found, model.transform)
+            bar.update()
+    if args.json:
+        write_json(args.json, captions)
+    return 1 if bad else 0
+
+
+def check_outputs(args):
+    """Raise OSError now rather than after the last photo; creates the folder of `--maps`."""
+    if args.json and not Path(args.json).parent.is_dir():
+        raise OSError(f"cannot write {args.json}: there is no folder {Path(args.json).parent}")
+    if args.maps:
+        Path(args.maps).mkdir(parents=True, exist_ok=True)
+
+
+def print_captions(found, with_scores):
+    """A line per caption: path, score if wanted, caption. `tqdm.write` keeps the bar below them."""
+    for caption, score in zip(found.captions, found.scores, strict=True):
+        columns = [str(found.path), *([f"{score:.3f}"] if with_scores else []), caption]
+        tqdm.write("\t".join(columns), file=sys.stdout)
+    sys.stdout.flush()
+
+
+def write_json(path, captions):
+    """Write (image id, caption) pairs in COCO's results format, and report ids that are not unique.
+
+    COCO's API takes the captions of one id for captions of one image.
+    """
+    ids = [image_id for image_id, _ in captions]
+    write_results(path, ids, [caption for _, caption in captions])
+    repeated = [str(image_id) for image_id, count in Counter(ids).items() if count > 1]
+    if repeated:
+        print(f"{path}: several photos have the image id {', '.join(repeated)}", file=sys.stderr)
+
+
+def parse_args(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Caption photographs.")
+    parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
+    parser.add_argument("--n", type=int, help="print so many captions per photo, with scores")
+    parser.add_argument("--beam", type=int, help="beam size; default: 3, or --n if it is larger")
+    parser.add_argument("--sample", action="store_true", help="sample the words of one caption")
+    parser.add_argument("--temperature", type=float, help="of --sample; default: 1")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--checkpoint", help="default: photo_captioner.pt beside caption.py")
+    parser.add_argument("--json", help="file for the captions, in COCO's results format")
+    parser.add_argument("--maps", help="folder for pictures of the attention")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None) -> int:
+    args = parse_args(arguments)
+    try:
+        with warnings.catch_warnings():  # Pillow's, about files that it cannot read or reads anyway
+            warnings.filterwarnings("ignore", module="PIL")
+            return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the program that reads the output, such as head, has ended
+        # Python flushes standard output at exit, which would print another error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout):  # file names need not be valid UTF-8
+        stream.reconfigure(errors="surrogateescape")
+    sys.exit(main())
