@@ -278,7 +278,7 @@ def restore(run, checkpoint):
     rank, world_size = rank_and_world_size()
     try:
         saved = check_same_run(checkpoint, config, data_fingerprint(run), model)
-        if saved["epochs"] != config.epochs:
+        if saved["epochs"] != config.epochs and config.schedule != "constant":
             print0(
                 f"The learning rate schedule now has {config.epochs} epochs instead of "
                 f"{saved['epochs']}: the result differs from that of an uninterrupted run."

@@ -29,7 +29,7 @@ import train
 from files import write_text
 
 BEAM_SIZE = 5
-REGULARIZED = ["--dropout", "0.5", "--feature-dropout", "0.5",
+REGULARIZED = ["--num-heads", "8", "--dropout", "0.5", "--feature-dropout", "0.5",
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
 # Small steps from a converged model. Of an option given twice, the last one counts.
 FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "5"]
@@ -41,9 +41,9 @@ ROWS = {
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
     "self-critical": (
-        ["--inject", "attend", "--loss", "self-critical", "--epochs", "6"],
+        ["--inject", "attend", "--num-heads", "8", "--loss", "self-critical"],
         "fine-tuned",
-    ),
+    ),  # fmt: skip
     "ensemble": (None, "self-critical"),
 }
 COLUMNS = {"perplexity": "{:.2f}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.3f}", "distinct": "{:.0%}",
