@@ -44,7 +44,7 @@ def page(model, examples=()):
     import gradio as gr  # not a requirement of this module's other functions
 
     card_of_model = getattr(model, "card", None) or {}
-    summary = card_of_model.get("summary", f"{model.config.backbone} and an LSTM decoder")
+    summary = card_of_model.get("summary", f"{model.config.backbone} and an LSTM")
     buttons = [
         f'<button data-index="{index}" aria-label="Example {index + 1}">'
         f'<img src="{data_url(ImageOps.fit(load_image(path, 152), (152, 152)))}" alt=""></button>'
@@ -54,15 +54,15 @@ def page(model, examples=()):
         gr.HTML(f"<h1>Photo captioner</h1><p>{escape(summary)}</p>", elem_id="title")
         uploaded = gr.State([])  # paths; a client cannot change a state
         photos = gr.File(
-            label=f"Drop or paste up to {MAX_PHOTOS} photos of at most 20 MB", elem_id="photos",
-            file_count="multiple", file_types=["image"], height=140,
+            label=f"Drop or paste photos (up to {MAX_PHOTOS})",
+            elem_id="photos", file_count="multiple", file_types=["image"], height=140,
         )  # fmt: skip
         chosen = gr.HTML(
-            "".join(buttons),
-            elem_classes="examples", js_on_load=CHOOSE, visible=bool(buttons),
+            f'<div class="examples">{"".join(buttons)}</div>', elem_id="examples",
+            js_on_load=CHOOSE, visible=bool(buttons),
         )  # fmt: skip
         with gr.Row():
-            method = gr.Radio([BEAM, SAMPLING], value=BEAM, label="Decoding")
+            method = gr.Radio([BEAM, SAMPLING], value=BEAM, label="Decoding", min_width=280)
             beam_size = gr.Slider(1, MAX_BEAM_SIZE, 5, step=1, label="Beam size")
             temperature = gr.Slider(
                 *TEMPERATURES, 1.0, step=0.1, label="Temperature", visible=False
@@ -70,16 +70,17 @@ def page(model, examples=()):
         results = gr.HTML(elem_id="results")
         options = [method, beam_size, temperature]
 
-        def caption(paths, *values):
-            names = "method", "beam_size", "temperature"
-            return cards(model, paths, **dict(zip(names, values, strict=True)))
+        def caption(paths, method, beam_size, temperature):
+            beam_size = int(beam_size)  # a client can send any number
+            return cards(model, paths, method=method, beam_size=beam_size, temperature=temperature)
 
         def upload(paths, *values):
             return None, paths or [], caption(paths or [], *values)
 
         def choose(event: gr.EventData, *values):
             index = event._data.get("index") if isinstance(event._data, dict) else None
-            paths = [examples[index]] if index in range(len(examples)) else []
+            valid = isinstance(index, int) and 0 <= index < len(examples)
+            paths = [examples[index]] if valid else []
             return paths, caption(paths, *values)
 
         def show(value):
@@ -122,14 +123,14 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
 
     blocks = page(model, examples)
     limits = {"max_upload": MAX_PHOTOS * MAX_FILE_BYTES + 2**20, "max_stored": MAX_STORED_BYTES}
-    _, address, _ = blocks.launch(
+    address = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
         ssr_mode=False, mcp_server=False, pwa=False, run_history=False, enable_monitoring=False,
         footer_links=[], allowed_paths=[], blocked_paths=[str(ROOT)], state_session_capacity=1000,
         max_file_size=MAX_FILE_BYTES, css_paths=ROOT / "app.css", head=f"<script>{PASTE}</script>",
-        theme=gr.themes.Default(font="system-ui", font_mono="monospace"),
+        theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),
         app_kwargs={"middleware": [Middleware(Guard, folder=folder, **limits)]},
-    )  # fmt: skip
+    )[1]  # fmt: skip
 
     def delete_uploads():
         while blocks.is_running:

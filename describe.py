@@ -82,18 +82,28 @@ def _maps(model, decoded, row):
 def card(image, description: Description) -> str:
     """HTML of a photo (PIL, RGB) with its captions, and a map of the attention for each word."""
     captions = [escape(caption) or "(no words)" for caption in description.captions]
-    percent = [f"{100 * p:.2g} %" for p in description.probabilities]
+    shown = [number(probability) for probability in description.probabilities]
     alternatives = "".join(
         f"<li><span>{text}</span><b>{p}</b></li>"
-        for text, p in zip(captions[1:], percent[1:], strict=True)
+        for text, p in zip(captions[1:], shown[1:], strict=True)
     )
     whole = ImageOps.contain(image, (640, 640))
     return (
         f'<article class="photo"><img src="{data_url(whole)}" alt="{captions[0]}"><div>'
-        f'<p class="caption">{captions[0]}</p><p class="probability">probability {percent[0]}</p>'
+        f'<p class="caption">{captions[0]}</p><p class="probability">probability {shown[0]}</p>'
         f'<ol class="alternatives">{alternatives}</ol></div>'
         f"{word_maps(image, description)}</article>"
     )
+
+
+def number(probability) -> str:
+    """HTML of a probability: "12 %", or "1.4 × 10<sup>-6</sup>" below 0.01 %."""
+    if probability >= 0.1:
+        return f"{100 * probability:.0f} %"
+    if probability >= 1e-4:
+        return f"{100 * probability:.2g} %"
+    mantissa, exponent = f"{probability:.1e}".split("e")
+    return f"{mantissa} × 10<sup>{int(exponent)}</sup>"
 
 
 def word_maps(image, description: Description) -> str:
@@ -106,7 +116,7 @@ def word_maps(image, description: Description) -> str:
     square = ImageOps.fit(image, (224, 224))  # the crop of `eval_transform`
     figures = []
     for word, weights in zip(description.captions[0].split(), description.maps, strict=True):
-        shade = 204 * (1 - weights / weights.max())  # opacity, at most 0.8
+        shade = 190 * (1 - weights / weights.max())  # opacity, at most 0.75
         shade = Image.fromarray(shade.astype("uint8")).resize((56, 56), Image.Resampling.BICUBIC)
         black = Image.new("L", shade.size)
         black.putalpha(shade)

@@ -27,7 +27,7 @@ POST = re.compile(rf"{JOIN}|{UPLOAD}|/gradio_api/(reset|cancel)")
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "font-src 'self' data:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; object-src 'none'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,
@@ -101,7 +101,7 @@ class Guard:
         """Whether `path` is a file in the folder, or was one; links are followed."""
         if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
             return False
-        return Path(path).resolve().is_relative_to(self.folder) and ".." not in Path(path).parts
+        return self.folder in Path(path).resolve().parents and ".." not in Path(path).parts
 
 
 def _paths(value):
