@@ -10,6 +10,7 @@ inside the page (describe.py), and guard.py rejects every request that the page 
 import argparse
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -63,9 +64,14 @@ def page(model, examples=()):
         )  # fmt: skip
         with gr.Row():
             method = gr.Radio([BEAM, SAMPLING], value=BEAM, label="Decoding", min_width=280)
-            beam_size = gr.Slider(1, MAX_BEAM_SIZE, 5, step=1, label="Beam size")
+            beam_size = gr.Slider(1, MAX_BEAM_SIZE, 5, step=1, label="Beam size", elem_id="beam")
             temperature = gr.Slider(
-                *TEMPERATURES, 1.0, step=0.1, label="Temperature", visible=False
+                *TEMPERATURES,
+                1.0,
+                step=0.1,
+                label="Temperature",
+                elem_id="temperature",
+                visible=False,
             )
         results = gr.HTML(elem_id="results")
         options = [method, beam_size, temperature]
@@ -91,7 +97,7 @@ def page(model, examples=()):
         photos.upload(upload, [photos, *options], [photos, uploaded, results], **shared)
         chosen.click(choose, options, [uploaded, results], **shared)
         method.change(show, method, [beam_size, temperature])
-        for change in (method.change, beam_size.release, temperature.release):
+        for change in (method.change, beam_size.change, temperature.change):
             change(caption, [uploaded, *options], results, **again)
     return blocks.queue(max_size=QUEUED)
 
@@ -117,6 +123,10 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
 
     Raises OSError if the port is taken.
     """
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"port {port} of {host}: {error.strerror}; choose another --port") from None
     os.environ.update(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED="False")
     import gradio as gr
     from starlette.middleware import Middleware
