@@ -38,6 +38,7 @@ MAX_FILE_BYTES = 20 * 2**20
 MAX_STORED_BYTES = 2**30  # of all uploads together
 KEPT_SECONDS = 600  # an upload is deleted after this time
 AT_ONCE, QUEUED = 2, 32  # requests that are answered at the same time; that wait
+SESSIONS = 100  # whose last results Gradio keeps in memory, about 150 KB per photo
 
 
 def page(model, examples=()):
@@ -136,8 +137,9 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
     address = blocks.launch(
         server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
         ssr_mode=False, mcp_server=False, pwa=False, run_history=False, enable_monitoring=False,
-        footer_links=[], allowed_paths=[], blocked_paths=[str(ROOT)], state_session_capacity=1000,
-        max_file_size=MAX_FILE_BYTES, css_paths=ROOT / "app.css", head=f"<script>{PASTE}</script>",
+        footer_links=[], allowed_paths=[], blocked_paths=[str(ROOT)],
+        state_session_capacity=SESSIONS, max_file_size=MAX_FILE_BYTES,
+        css_paths=ROOT / "app.css", head=f"<script>{PASTE}</script>",
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),
         app_kwargs={"middleware": [Middleware(Guard, folder=folder, **limits)]},
     )[1]  # fmt: skip

@@ -221,12 +221,12 @@ def test_a_bad_file_and_back(page, photos, tmp_path):
     bad = tmp_path / "<i>{{1}}.jpg"
     bad.write_text("no photo")
     page.set_input_files(INPUT, str(bad))
-    page.wait_for_selector(".error")
-    assert "cannot identify image file" in page.inner_text(".error")
-    assert page.locator(".photo, .error i").count() == 0
+    page.wait_for_selector("#results .error")
+    assert "cannot identify image file" in page.inner_text("#results .error")
+    assert page.locator(".photo, #results .error i").count() == 0
     page.set_input_files(INPUT, photos[0])
     page.wait_for_selector(".photo .caption")
-    assert page.locator(".error").count() == 0
+    assert page.locator("#results .error").count() == 0
 
 
 def test_pasted_photos(page, photos):
