@@ -24,8 +24,8 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 
 # Who may import whom. A module imports only those above it in this list.
 MAY_IMPORT = {
-    "distributed": {}, "files": {}, "images": {}, "layers": {}, "metrics": {}, "plots": {},
-    "rasterize": {},
+    "distributed": {}, "files": {}, "guard": {}, "images": {}, "layers": {}, "metrics": {},
+    "plots": {}, "rasterize": {},
     "synthetic": {"rasterize"},
     "card": {"synthetic"},
     "checkpoint": {"card", "distributed", "files"},
@@ -45,6 +45,8 @@ MAY_IMPORT = {
         "attention", "backbones", "card", "checkpoint", "config", "decoding", "distributed",
         "encoder", "images", "layers", "vocabulary",
     },
+    "describe": {"decoding", "images"},
+    "app": {"describe", "guard", "images", "model"},
     "losses": {"decoding", "layers", "vocabulary"},
     "constraints": {"metrics", "vocabulary"},
     "ensemble": {"decoding", "layers", "model"},
@@ -62,11 +64,12 @@ MAY_IMPORT = {
         "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"
     },
 }  # fmt: skip
-NEEDS = {"download": {"tqdm"}, "decoding": {"torch"}, "model": {"torch", "PIL"}, "metrics": {
-    "pycocoevalcap"}}  # fmt: skip
+NEEDS = {"download": {"tqdm"}, "decoding": {"torch"}, "model": {"torch", "PIL"}, "guard": set(),
+         "metrics": {"pycocoevalcap"}}  # fmt: skip
 
 # Where the name to install differs from the name to import.
-INSTALLED_AS = {"PIL": "pillow", "nbformat": "jupyter", "nbclient": "jupyter"}
+INSTALLED_AS = {"PIL": "pillow", "nbformat": "jupyter", "nbclient": "jupyter",
+                "starlette": "gradio"}  # fmt: skip
 
 
 def code_cells(notebook):
@@ -130,8 +133,8 @@ def test_length(module):
 
 
 def test_requirements():
-    """requirements.txt lists every package that the project imports, each once."""
-    text = (ROOT / "requirements.txt").read_text()
+    """The requirements list every package that the project imports, each once."""
+    text = "\n".join(path.read_text() for path in sorted(ROOT.glob("requirements*.txt")))
     required = [m.lower() for m in re.findall(r"^[A-Za-z0-9_-]+", text, re.MULTILINE)]
     assert len(set(required)) == len(required)
     files = [*MODULES.values(), *PROGRAMS, *TESTS]
