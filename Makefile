@@ -1,5 +1,4 @@
-# make run        install, write the synthetic dataset, execute copies of the five notebooks,
-#                 caption the photographs in photos/
+# make run        install, write the synthetic dataset, execute copies of the five notebooks
 # make test       install, lint, run all tests
 # make notebooks  execute the notebooks and save their outputs in them
 # make faults     test recovery from killed processes and full disks (minutes)
@@ -11,7 +10,6 @@ BIN := .venv/bin
 
 run: .venv/ready
 	$(BIN)/python scripts/run_notebooks.py
-	$(BIN)/python caption.py photos
 
 test: .venv/ready
 	$(BIN)/ruff check .

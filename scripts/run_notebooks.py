@@ -193,6 +193,10 @@ def main() -> int:
     print(f"all {len(NOTEBOOKS)} notebooks ran in {time.perf_counter() - start:.0f} s")
     report = Path(ROOT, parameters.get("RUN_DIR", "runs/synthetic"), "report.json")
     print_report(json.loads(report.read_text(encoding="utf-8")), out)
+    photos = json.loads(report.with_name("photo_captions.json").read_text(encoding="utf-8"))
+    print("\nphotographs, captioned by photo_captioner.pt (caption.py captions your own):")
+    for name, caption in photos.items():
+        print(f"  {name:20s} {caption}")
     return 0
 
 
