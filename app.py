@@ -31,7 +31,7 @@ from describe import (
 )
 from guard import Guard, delete_old_files
 from images import load_image
-from model import CaptionModel
+from model import PRETRAINED, CaptionModel
 
 ROOT = Path(__file__).parent
 MAX_FILE_BYTES = 20 * 2**20
@@ -45,15 +45,13 @@ def page(model, examples=()):
     """The page as `gradio.Blocks`; `examples` are files on the server that it offers."""
     import gradio as gr  # not a requirement of this module's other functions
 
-    card_of_model = getattr(model, "card", None) or {}
-    summary = card_of_model.get("summary", f"{model.config.backbone} and an LSTM")
     buttons = [
         f'<button data-index="{index}" aria-label="Example {index + 1}">'
         f'<img src="{data_url(ImageOps.fit(load_image(path, 152), (152, 152)))}" alt=""></button>'
         for index, path in enumerate(examples)
     ]
     with gr.Blocks(title="Photo captioner", analytics_enabled=False) as blocks:
-        gr.HTML(f"<h1>Photo captioner</h1><p>{escape(summary)}</p>", elem_id="title")
+        gr.HTML(f"<h1>Photo captioner</h1><p>{escape(model.card['summary'])}</p>", elem_id="title")
         uploaded = gr.State([])  # paths; a client cannot change a state
         photos = gr.File(
             label=f"Drop or paste photos (up to {MAX_PHOTOS})",
@@ -155,7 +153,7 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="A page in the browser that captions photos.")
-    parser.add_argument("--checkpoint", default="photo_captioner.pt", help="written by train.py")
+    parser.add_argument("--checkpoint", default=str(PRETRAINED), help="written by train.py")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(arguments)

@@ -160,9 +160,7 @@ def caption_files(model, paths, on_bad=None, return_attention=False, **options):
         maps = model.attention_maps(best) if return_attention else [None] * len(readable)
         rows = zip(readable, model.decode(decoded), decoded.scores.tolist(), maps, strict=True)
         for path, captions, scores, attention in rows:
-            count = max(
-                1, sum(score > -math.inf for score in scores)
-            )  # fewer than n_best may exist
+            count = sum(score > -math.inf for score in scores) or 1  # fewer than n_best may exist
             yield Captioned(path, captions[:count], scores[:count], attention)
 
 

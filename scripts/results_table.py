@@ -33,6 +33,7 @@ REGULARIZED = ["--num-heads", "8", "--dropout", "0.5", "--feature-dropout", "0.5
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
 # Small steps from a converged model. Of an option given twice, the last one counts.
 FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "5"]
+SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
     "init": (["--inject", "init"], None),
@@ -40,10 +41,7 @@ ROWS = {
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
-    "self-critical": (
-        ["--inject", "attend", "--num-heads", "8", "--loss", "self-critical"],
-        "fine-tuned",
-    ),  # fmt: skip
+    "self-critical": (["--inject", "attend", *SELF_CRITICAL], "fine-tuned"),
     "ensemble": (None, "self-critical"),
 }
 COLUMNS = {"perplexity": "{:.2f}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.3f}", "distinct": "{:.0%}",
