@@ -37,7 +37,7 @@ class ModelConfig:
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: str = "none"  # what to train of the CNN: none, its last stage, or all (slow)
     embed_size: int = 256  # size of the word and image embeddings
-    image_norm: bool = False  # layer normalization of the image embedding
+    image_norm: bool = False  # batch normalization of the image embedding
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
     dropout: float = 0.2  # on the word embeddings and the LSTM outputs

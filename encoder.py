@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from backbones import build_backbone, input_settings, is_quantized
 from config import CHOICES, ModelConfig
 from last_stage import split_last_stage
-from layers import Dropout
+from layers import BatchNorm, Dropout
 
 DEFAULTS = ModelConfig
 
@@ -64,7 +64,7 @@ class EncoderCNN(nn.Module):
         output_size = embed_size if pooled else 2 * embed_size
         self.dropout = Dropout(feature_dropout)
         self.linear = nn.Linear(self.feature_size, output_size)
-        self.norm = nn.LayerNorm(output_size) if image_norm else nn.Identity()
+        self.norm = BatchNorm(output_size) if image_norm else nn.Identity()
         self.train()
 
     def train(self, mode=True):

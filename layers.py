@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Dropout(nn.Dropout):
@@ -21,6 +22,20 @@ class Dropout(nn.Dropout):
         bits = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
         mask = bits.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
         return x * mask.to(x.dtype).mul_(256 / (256 - threshold))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalization over all dimensions but the last: (..., num_features), same shape.
+
+    A single vector has no variance; it is normalized with the running statistics, also in training.
+    """
+
+    def forward(self, x):
+        vectors = x.flatten(0, -2)  # (N, num_features)
+        if self.training and len(vectors) == 1:
+            return F.batch_norm(vectors, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps).view_as(x)  # fmt: skip
+        return super().forward(vectors).view_as(x)
 
 
 @contextlib.contextmanager

@@ -162,8 +162,10 @@ def validate(run: Run) -> dict:
 # ---------------------------------------------------------------------------- the run
 
 
-def fit(run: Run) -> list[dict]:
+def fit(run: Run, after_epoch=None) -> list[dict]:
     """Train up to `config.epochs`, or until validation stops improving; returns the history.
+
+    after_epoch: called with the run after each epoch, for example to caption an image.
 
     Saves a checkpoint after every epoch and every `save_every` batches; Ctrl-C loses the progress
     since the last one. SIGTERM, which Slurm sends before it kills a job, saves one at once.
@@ -182,6 +184,8 @@ def fit(run: Run) -> list[dict]:
                 fraction = 1 - first / len(run.train_loader)
                 end_epoch(run, training_results(run, time.perf_counter() - start, fraction))
                 saved = progress.epoch
+                if after_epoch:
+                    after_epoch(run)
         except KeyboardInterrupt:
             print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
             raise

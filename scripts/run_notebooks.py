@@ -13,6 +13,7 @@ import ast
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -108,6 +109,7 @@ def clean_outputs(notebook):
         cell.metadata.pop("execution", None)  # time stamps
         for output in cell.get("outputs", []):
             compress_figure(output.get("data", {}))
+            add_alt_text(output, cell.source)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not is_blank(output)]
     notebook.metadata.pop("widgets", None)
@@ -125,6 +127,15 @@ def compress_figure(data, limit=60_000):
         file = io.BytesIO()
         figure.convert("RGB").save(file, "JPEG", quality=75, optimize=True)
         data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
+
+
+def add_alt_text(output, source):
+    """Describe a figure with the comment `# alt: ..` at the start of its cell, for nbconvert."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), source.split("\n"))
+    text = " ".join(line.lstrip("# ") for line in lines)
+    for kind in ("image/png", "image/jpeg"):
+        if kind in output.get("data", {}) and text.startswith("alt: "):
+            output.metadata = {kind: {"alt": text.removeprefix("alt: ")}}
 
 
 def override(source, parameters) -> str:
