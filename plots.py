@@ -90,6 +90,26 @@ def token_table(rows: dict, ax=None):
     return ax
 
 
+def padded_table(captions, values=None, width=None, ax=None):
+    """A row of tokens per caption, filled up with grey `<pad>` to the longest one.
+
+    captions: lists of tokens. values: a number for each token, written below it; None: none.
+    width: number of columns; None: the longest caption.
+    """
+    width = width or max(map(len, captions))
+    rows = {}
+    for number, tokens in enumerate(captions, start=1):
+        rows[f"caption {number}"] = [*tokens, *["<pad>"] * (width - len(tokens))]
+        if values is not None:
+            rows["-log p" + " " * number] = [f"{x:.2f}" for x in values[number - 1]]
+    ax = token_table(rows, ax)
+    for text in ax.texts:
+        if text.get_text() == "<pad>":
+            text.get_bbox_patch().set(facecolor="#e9ecef", edgecolor=GREY)
+            text.set_color(GREY)
+    return ax
+
+
 def attention_maps(image, caption, maps, columns=6, width=1.8):
     """The attention of each word of a caption, laid over the image (PIL): (words, H, W).
 
