@@ -90,18 +90,16 @@ def token_table(rows: dict, ax=None):
     return ax
 
 
-def padded_table(captions, values=None, width=None, ax=None):
-    """A row of tokens per caption, filled up with grey `<pad>` to the longest one.
+def padded_table(captions, losses, ax=None):
+    """Captions as rows of tokens, filled up with grey `<pad>` to the longest one.
 
-    captions: lists of tokens. values: a number for each token, written below it; None: none.
-    width: number of columns; None: the longest caption.
+    captions: lists of tokens. losses: lists with the -log p of each token, written below it.
     """
-    width = width or max(map(len, captions))
+    width = max(map(len, captions))
     rows = {}
-    for number, tokens in enumerate(captions, start=1):
+    for number, (tokens, values) in enumerate(zip(captions, losses, strict=True), start=1):
         rows[f"caption {number}"] = [*tokens, *["<pad>"] * (width - len(tokens))]
-        if values is not None:
-            rows["-log p" + " " * number] = [f"{x:.2f}" for x in values[number - 1]]
+        rows[f"−log p {number}"] = [f"{value:.2f}" for value in values]
     ax = token_table(rows, ax)
     for text in ax.texts:
         if text.get_text() == "<pad>":
