@@ -235,7 +235,7 @@ def draw_image_path(ax, inject, rows, middles, recurrent, y):
         if row.image:
             start = y + np.sign(middle - y) * 10
             arrow(ax, (RIGHT, start), (222, start), (222, middle), (bar, middle), colour=BLUE)
-            ax.text(226, middle + 6, row.image, fontsize=8.5, color=BLUE)
+            ax.text(226, middle + 6, row.image, fontsize=8, color=BLUE)
     if inject == "pre":
         arrow(ax, (RIGHT, y), (LEFT, y), (LEFT, recurrent[0] - ROW / 2), colour=BLUE)
         ax.text(228, y + 6, "v", color=BLUE)
