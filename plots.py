@@ -90,6 +90,24 @@ def token_table(rows: dict, ax=None):
     return ax
 
 
+def padded_table(captions, losses, ax=None):
+    """Captions as rows of tokens, filled up with grey `<pad>` to the longest one.
+
+    captions: lists of tokens. losses: lists with the -log p of each token, written below it.
+    """
+    width = max(map(len, captions))
+    rows = {}
+    for number, (tokens, values) in enumerate(zip(captions, losses, strict=True), start=1):
+        rows[f"caption {number}"] = [*tokens, *["<pad>"] * (width - len(tokens))]
+        rows[f"−log p {number}"] = [f"{value:.2f}" for value in values]
+    ax = token_table(rows, ax)
+    for text in ax.texts:
+        if text.get_text() == "<pad>":
+            text.get_bbox_patch().set(facecolor="#e9ecef", edgecolor=GREY)
+            text.set_color(GREY)
+    return ax
+
+
 def attention_maps(image, caption, maps, columns=6, width=1.8):
     """The attention of each word of a caption, laid over the image (PIL): (words, H, W).
 

@@ -1,13 +1,17 @@
 """The five notebooks, executed on a small synthetic dataset as by `make run`."""
 
+import base64
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from run_notebooks import NOTEBOOKS, main, override, parameter
+from PIL import Image, ImageDraw
+from run_notebooks import NOTEBOOKS, compress_figure, encode, main, override, parameter
 
 from synthetic import write_synthetic
 
@@ -87,3 +91,16 @@ def test_override_changes_one_parameter():
     """Overriding one parameter does not change the lines of the others."""
     source = "A = 1  # one\nB = {\n    2: 3,\n}  # two\nC = 4  # three"
     assert override(source, {"B": "x"}) == "A = 1  # one\nB = 'x'\nC = 4  # three"
+
+
+def test_diagrams_stay_sharp():
+    """A large diagram remains an exact PNG; a large photograph becomes a JPEG."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    diagram = Image.new("RGB", (900, 500), "white")
+    ImageDraw.Draw(diagram).line((0, 0, 900, 500), "black", 3)
+    for picture, kind in ((Image.fromarray(noise), "image/jpeg"), (diagram, "image/png")):
+        data = {"image/png": encode(picture, "PNG")}
+        compress_figure(data, limit=1_000)
+        assert list(data) == [kind]
+    result = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    assert result.tobytes() == diagram.tobytes()

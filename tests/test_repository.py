@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "config": {"distributed"},
     "decoding": {"vocabulary"},
     "attention": {"decoding", "layers", "vocabulary"},
+    "diagrams": {"attention", "backbones", "config", "plots"},
     "rewards": {"vocabulary"},
     "data_loader": {"coco", "files", "vocabulary"},
     "splits": {"coco", "download", "synthetic"},
