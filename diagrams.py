@@ -200,7 +200,7 @@ def cnn_text(config):
 def linear_text(config, feature_size, output):
     lines = [f"dropout {config.feature_dropout:g}"] * bool(config.feature_dropout)
     lines += [f"linear {feature_size:,} → {output:,}"]
-    return "\n".join(lines + ["layer normalization"] * config.image_norm)
+    return "\n".join(lines + ["batch normalization"] * config.image_norm)
 
 
 def draw_stack(ax, boxes, top, y_last, image):

@@ -33,8 +33,9 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         vectors = x.flatten(0, -2)  # (N, num_features)
         if self.training and len(vectors) == 1:
-            return F.batch_norm(vectors, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps).view_as(x)  # fmt: skip
+            mean, var = self.running_mean, self.running_var
+            vectors = F.batch_norm(vectors, mean, var, self.weight, self.bias, eps=self.eps)
+            return vectors.view_as(x)
         return super().forward(vectors).view_as(x)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from checkpoint import export, load_safely, save
 from images import BadImageError
-from layers import Dropout
+from layers import BatchNorm, Dropout
 from losses import TeacherForcing
 from model import INJECT_MODES, CaptionModel, DecoderRNN, ModelConfig
 
@@ -167,6 +167,23 @@ def test_dropout_of_nothing_or_all(p, training, kept):
     """Dropout is the identity in eval mode and for p = 0, and drops everything for p = 1."""
     x = torch.randn(7, 3)
     assert torch.equal(Dropout(p).train(training)(x), kept * x)
+
+
+def test_batch_norm():
+    """Normalizes each feature over all positions of all images, with the biased variance."""
+    x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    mean, var = x.mean((0, 1)), x.var((0, 1), unbiased=False)
+    torch.testing.assert_close(BatchNorm(4)(x), (x - mean) / (var + 1e-5).sqrt())
+
+
+def test_batch_norm_of_one_vector():
+    """In training, a single vector is normalized with the running statistics."""
+    norm = BatchNorm(4)
+    norm(torch.randn(8, 4) * 3 + 1)
+    x = torch.randn(1, 4)
+    trained = norm(x)
+    torch.testing.assert_close(trained, norm.eval()(x))
+    assert not torch.allclose(trained, x)
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nbformat import NotebookNode
 from PIL import Image, ImageDraw
-from run_notebooks import NOTEBOOKS, compress_figure, encode, main, override, parameter
+from run_notebooks import (
+    NOTEBOOKS,
+    add_alt_text,
+    compress_figure,
+    encode,
+    main,
+    override,
+    parameter,
+)
 
 from synthetic import write_synthetic
 
@@ -104,3 +113,12 @@ def test_diagrams_stay_sharp():
         assert list(data) == [kind]
     result = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
     assert result.tobytes() == diagram.tobytes()
+
+
+def test_alternative_text():
+    """The comment `# alt: ..` of a cell, of one or several lines, describes its figure."""
+    output = NotebookNode(data={"image/png": ""}, metadata={})
+    add_alt_text(output, "# alt: A line\n# chart.\ncurves(x)  # note\n# another comment")
+    assert output.metadata == {"image/png": {"alt": "A line chart."}}
+    add_alt_text(output := NotebookNode(data={"image/png": ""}, metadata={}), "# A comment\nf()")
+    assert output.metadata == {}

@@ -217,3 +217,13 @@ def test_notebook_outputs_are_clean(notebook):
             assert not re.search(r"(?<![\w.:/])/(home|root|tmp|Users|mnt|opt|usr)/", text)
             assert str(ROOT) not in text
             assert "application/vnd.jupyter.widget-view+json" not in data
+
+
+@each_notebook
+def test_figures_are_described(notebook):
+    """Every figure of a notebook has an alternative text."""
+    for cell in code_cells(notebook):
+        for output in cell["outputs"]:
+            for kind in output.get("data", {}):
+                if kind.startswith("image/"):
+                    assert output["metadata"][kind]["alt"], cell["source"]

@@ -1,0 +1,72 @@
+"""The command of the results table, on a small dataset in COCO's format."""
+
+import json
+import sys
+
+import pytest
+import results_table
+from conftest import tiny_config
+
+TINY = ["--image-size", "64", "--embed-size", "8", "--hidden-size", "8", "--epochs", "1",
+        "--min-word-freq", "1"]  # fmt: skip
+ROWS = {
+    "par": (["--inject", "par", *TINY], None),
+    "longer": (["--inject", "par", *TINY], "par"),
+    "ensemble": (None, "longer"),
+}
+
+
+@pytest.fixture
+def table(shared_dataset, tmp_path, monkeypatch, capsys):
+    """Runs the command with small rows and two seeds; returns its standard output and folder."""
+    config = tiny_config(shared_dataset)
+    names = ("train_images", "train_captions", "val_images", "val_captions")
+    data = {name: getattr(config, name) for name in names}
+    data["encoders"] = {config.backbone: config.weights}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    monkeypatch.setattr(results_table, "ROWS", ROWS)
+
+    def run(*arguments):
+        command = ["--data", tmp_path / "data.json", "--out", tmp_path / "table",
+                   "--cache-dir", tmp_path / "cache", "--seeds", 0, 1, "--rows", *ROWS]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["results_table.py", *map(str, command), *arguments])
+        results_table.main()
+        return capsys.readouterr().out, tmp_path / "table"
+
+    return run
+
+
+def test_rows_and_seeds(table):
+    """One run per row and seed is trained, and the table has a line for each row."""
+    out, folder = table()
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[1:3] for line in lines[2:]] == [
+        ["par", "2"], ["longer", "2"], ["ensemble", "1"]
+    ]  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"mobilenet_v3_small-{row}-{seed}" for row in ("longer", "par") for seed in (0, 1)
+    ]
+
+
+def test_complete_rows_are_kept(table):
+    """Started again, the command trains nothing, and prints the same table."""
+    first, folder = table()
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
+    second, _ = table()
+    assert written == {path: path.stat().st_mtime_ns for path in folder.glob("*/*.pt")}
+    tables = [[x for x in out.splitlines() if x.startswith("|")] for out in (first, second)]
+    assert tables[0] == tables[1]
+
+
+def test_dry_run(table):
+    """A dry run prints a command for each row and seed, and trains nothing."""
+    out, folder = table("--dry-run")
+    assert out.count("python train.py") == 4 and out.count("par-1/best.pt") == 1
+    assert not folder.exists()
+
+
+def test_mean_and_range(monkeypatch):
+    """Of several seeds, a cell contains the mean, the lowest and the highest value."""
+    results = [{"CIDEr-D": 0.4, "minutes": 2}, {"CIDEr-D": 0.6, "minutes": 4}]
+    line = results_table.format_row("resnet50", "par", results)
+    assert "0.500 (0.400 to 0.600)" in line and line.endswith("| 3 |")
