@@ -1,7 +1,7 @@
 """The mistakes of a caption of a synthetic scene, by kind.
 
-for mistake in find_mistakes("a red cat in the meadow", "a blue cat and a car in the meadow"):
-    mistake.kind, mistake.text, mistake.words      # "colour", "cat: red, not blue", (1,)
+(mistake,) = find_mistakes("a red cat in the meadow", "a blue cat in the meadow")
+mistake.kind, mistake.text, mistake.words      # "colour", "red instead of blue cat", (1,)
 """
 
 import re
@@ -17,7 +17,7 @@ class Mistake(NamedTuple):
     """A difference between a caption and a correct one."""
 
     kind: str  # one of KINDS
-    text: str  # for example "cat: red, not blue"
+    text: str  # for example "red instead of blue cat"
     words: tuple[int, ...]  # positions of the wrong words in caption.split(); none if missing
 
 
@@ -54,7 +54,7 @@ def wrong_words(caption: str, reference: str) -> set[int]:
 def _background(words, place, true_place):
     wrong = [t for t, word in enumerate(words) if word in BACKGROUNDS and word != true_place]
     named = " and ".join(words[t] for t in wrong) if wrong else place or "none"
-    return Mistake("background", f"{named}, not {true_place}", tuple(wrong))
+    return Mistake("background", f"{named} instead of {true_place}", tuple(wrong))
 
 
 def _objects(added, missing):
@@ -66,6 +66,7 @@ def _objects(added, missing):
             found["added"].append(Mistake("added", f"{colour} {name}", (t, t + 1)))
             continue
         missing.remove(true)
-        found["colour"].append(Mistake("colour", f"{name}: {colour}, not {true[0]}", (t,)))
+        text = f"{colour} instead of {true[0]} {name}"
+        found["colour"].append(Mistake("colour", text, (t,)))
     found["missing"] = [Mistake("missing", " ".join(pair), ()) for pair in missing]
     return [mistake for of_kind in found.values() for mistake in of_kind]

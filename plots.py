@@ -99,7 +99,7 @@ def _captioned_axes(images, below, columns, width):
 
 def _text_lines(words, width, size, **style):
     """Lines of (word, colour) for text of `width` inches in a font of `size` points."""
-    characters = int(width * 72 / (0.6 * size))
+    characters = int((width - 0.2) * 72 / (0.6 * size))
     wrapped = textwrap.wrap(" ".join(word for word, _ in words), characters)
     words, lines = iter(words), []
     for line in wrapped:
@@ -211,7 +211,12 @@ def beam_tree(steps, ax=None):
     """
     rows = max(map(len, steps))
     ax = ax or plt.subplots(figsize=(1.05 * len(steps), 0.5 * rows), layout="constrained")[1]
-    ends = [(b.score, t, i) for t, step in enumerate(steps) for i, b in enumerate(step) if b.score]
+    ends = [
+        (branch.score, t, i)
+        for t, step in enumerate(steps)
+        for i, branch in enumerate(step)
+        if branch.score is not None
+    ]
     best, (_, last, i) = set(), max(ends, default=(0, -1, 0))
     for t in range(last, -1, -1):
         best.add((t, i))
