@@ -210,7 +210,7 @@ def beam_tree(steps, ax=None):
     one is orange.
     """
     rows = max(map(len, steps))
-    ax = ax or plt.subplots(figsize=(1.05 * len(steps), 0.5 * rows), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(0.95 * len(steps), 0.5 * rows), layout="constrained")[1]
     ends = [
         (branch.score, t, i)
         for t, step in enumerate(steps)

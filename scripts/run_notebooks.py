@@ -23,7 +23,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,12 +118,23 @@ def is_blank(output) -> bool:
     return output.output_type == "stream" and not output.text.strip()
 
 
-def compress_figure(data, limit=60_000):
-    """Convert a PNG of more than `limit` characters to JPEG, about a fifth of the size."""
-    if len(data.get("image/png", "")) > limit:
-        figure = Image.open(io.BytesIO(base64.b64decode(data.pop("image/png"))))
-        file = io.BytesIO()
-        figure.convert("RGB").save(file, "JPEG", quality=75, optimize=True)
+def compress_figure(data, limit=20_000, max_error=4):
+    """Convert a PNG to one with 32 colours, or to JPEG if these change it and it is large.
+
+    Charts keep their sharp letters in a fifth of the size, and photographs have too many colours.
+
+    limit: for JPEG, in characters. max_error: root mean square of a channel, of 255.
+    """
+    if "image/png" not in data:
+        return
+    figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    palette, file = figure.quantize(32), io.BytesIO()
+    if max(ImageStat.Stat(ImageChops.difference(figure, palette.convert("RGB"))).rms) <= max_error:
+        palette.save(file, "PNG", optimize=True)
+        data["image/png"] = base64.b64encode(file.getvalue()).decode()
+    elif len(data["image/png"]) > limit:
+        figure.save(file, "JPEG", quality=60, optimize=True, progressive=True)
+        del data["image/png"]
         data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
 
 
