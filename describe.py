@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from decoding import Decoded
-from images import BadImageError, load_image
+from images import BadImageError, attention_mask, load_image
 
 ALTERNATIVES = 5
 MAX_BEAM_SIZE, TEMPERATURES = 10, (0.1, 2.0)
@@ -116,10 +116,9 @@ def word_maps(image, description: Description) -> str:
     square = ImageOps.fit(image, (224, 224))  # the crop of `eval_transform`
     figures = []
     for word, weights in zip(description.captions[0].split(), description.maps, strict=True):
-        shade = 190 * (1 - weights / weights.max())  # opacity, at most 0.75
-        shade = Image.fromarray(shade.astype("uint8")).resize((56, 56), Image.Resampling.BICUBIC)
-        black = Image.new("L", shade.size)
-        black.putalpha(shade)
+        mask = attention_mask(weights, (56, 56))
+        black = Image.new("L", mask.size)
+        black.putalpha(mask.point(lambda value: 190 - 190 * value // 255))  # opacity <= 0.75
         figures.append(
             f'<figure><div><img src="{data_url(black, "PNG")}" alt=""></div>'
             f"<figcaption>{escape(word)}</figcaption></figure>"

@@ -80,6 +80,15 @@ def without_normalization(transform: v2.Compose) -> v2.Compose:
     return v2.Compose(transform.transforms[:-3])  # without `_to_tensor`
 
 
+def attention_mask(weights, size) -> Image.Image:
+    """Attention weights (H, W) as a grey image of `size` (width, height), interpolated.
+
+    The largest weight becomes 255, and 0 stays 0.
+    """
+    mask = Image.fromarray((255 * weights / weights.max()).astype("uint8"))
+    return mask.resize(size, Image.Resampling.BICUBIC)
+
+
 def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                     interpolation="bilinear") -> v2.Compose:  # fmt: skip
     """Same as `eval_transform`, but with a random crop, for training without cached features.

@@ -270,6 +270,13 @@ def generate_scenes(sizes: dict[str, int] = SIZES, seed: int = 0):
 # ---------------------------------------------------------------------------- attention
 
 
+def named_things(caption: str, scene: Scene) -> dict[int, Thing]:
+    """{position of a noun in the caption: the thing of the scene with that colour and name}."""
+    words = [SYNONYMS.get(word, word) for word in caption.split()]
+    things = {(thing.colour, thing.name): thing for thing in scene.things}
+    return {t: things[pair] for t, pair in enumerate(pairwise(words), 1) if pair in things}
+
+
 def attention_on_things(caption: str, maps: np.ndarray, scene: Scene) -> list:
     """How much attention falls on the box of a thing when its noun is generated.
 
@@ -279,10 +286,8 @@ def attention_on_things(caption: str, maps: np.ndarray, scene: Scene) -> list:
     of the caption whose (colour, name) is in the scene. A position of the map stands for its part
     of the image, over which its weight is spread evenly.
     """
-    words = [SYNONYMS.get(word, word) for word in caption.split()]
-    boxes = {(thing.colour, thing.name): thing for thing in scene.things}
-    named = [(boxes[pair], t) for t, pair in enumerate(pairwise(words), 1) if pair in boxes]
-    return [(box_share(maps[t], thing), (thing.side / IMAGE_SIDE) ** 2) for thing, t in named]
+    named = named_things(caption, scene).items()
+    return [(box_share(maps[t], thing), (thing.side / IMAGE_SIDE) ** 2) for t, thing in named]
 
 
 def box_share(weights: np.ndarray, thing: Thing) -> float:

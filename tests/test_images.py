@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from images import BadImageError, eval_transform, load_image, train_transform
+from images import BadImageError, attention_mask, eval_transform, load_image, train_transform
 
 
 def saved(image, path, **options):
@@ -108,3 +108,11 @@ def test_train_transform_never_flips(tmp_path):
     crops = torch.stack([train_transform(32)(path) for _ in range(20)])
     assert (crops[..., -1] > crops[..., 0]).all()
     assert not torch.equal(crops[0], crops[1])
+
+
+def test_attention_mask():
+    """The largest weight is white, 0 is black, and weights are not mirrored or transposed."""
+    weights = np.array([[0.0, 0.2, 0.1], [0.4, 0.1, 0.0]])
+    mask = attention_mask(weights, (3, 2))
+    np.testing.assert_allclose(np.array(mask), 255 * weights / 0.4, atol=1)
+    assert attention_mask(weights, (30, 20)).size == (30, 20)

@@ -25,8 +25,10 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 # Who may import whom. A module imports only those above it in this list.
 MAY_IMPORT = {
     "distributed": {}, "files": {}, "guard": {}, "images": {}, "layers": {}, "metrics": {},
-    "plots": {}, "rasterize": {},
+    "rasterize": {},
+    "plots": {"images"},
     "synthetic": {"rasterize"},
+    "mistakes": {"synthetic"},
     "card": {"synthetic"},
     "checkpoint": {"card", "distributed", "files"},
     "coco": {"files"},
