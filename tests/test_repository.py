@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "download": {"files"},
     "vocabulary": {"files"},
     "backbones": {"checkpoint"},
-    "config": {"distributed"},
+    "config": {"checkpoint", "distributed"},
     "decoding": {"vocabulary"},
     "attention": {"decoding", "layers", "vocabulary"},
     "rewards": {"vocabulary"},
