@@ -33,6 +33,8 @@ def training_card(config, train_data, val_data, source=None) -> dict:
     if source is not None:
         card["initialized from"] = source["summary"]
         card["encoder"] = source.get("encoder", {"network": config.backbone})
+        if "licence" in source:  # such as "research use only": it holds for what is made of it
+            card["licence"] = source["licence"]
     return card | {"validation": _size(val_data), "limitations": LIMITATIONS}
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 from dataclasses import MISSING, dataclass, fields
 
+from checkpoint import config_and_words, load_safely
 from distributed import PRECISIONS
 
 CHOICES = {
@@ -25,6 +26,12 @@ AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_head
 AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "xe_weight", "seed")
 FRACTIONS = ("dropout", "feature_dropout", "label_smoothing")
 ABOVE_0 = ("learning_rate", "backbone_learning_rate", "grad_clip")
+
+
+# The options of a model that its weights fit, and those that say what it is shown.
+ARCHITECTURE = ("backbone", "embed_size", "image_norm", "hidden_size", "num_layers", "inject",
+                "num_heads")  # fmt: skip
+INPUT = ("image_size", "flip", "no_image")
 
 
 @dataclass(kw_only=True)
@@ -69,7 +76,7 @@ class TrainConfig(ModelConfig):
     grad_clip: float = 5.0  # maximum norm of the gradient
     patience: int = 4  # stop after this number of epochs without improvement
     best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
-    init_from: str | None = None  # checkpoint whose weights the run starts from
+    init_from: str | None = None  # checkpoint to start from; it has defaults, see FINE_TUNING
     loss: str = "cross-entropy"  # cross-entropy, or self-critical with the defaults SELF_CRITICAL
     label_smoothing: float = 0.0  # of the cross-entropy's targets
     samples: int = 5  # captions sampled per image in self-critical training
@@ -144,6 +151,12 @@ PRESETS = {
     },
 }  # fmt: skip
 
+# A trained model continues on other images, of which there may be few.
+FINE_TUNING = {
+    "learning_rate": 2e-4, "dropout": 0.5, "feature_dropout": 0.5, "label_smoothing": 0.1,
+    "batch_size": 16, "grad_accum_steps": 1, "min_word_freq": 2, "best_by": "cider",
+}  # fmt: skip
+
 # Self-critical training improves a trained model in small steps.
 SELF_CRITICAL = {
     "learning_rate": 5e-5, "schedule": "constant", "weight_decay": 0.0, "dropout": 0.0,
@@ -154,18 +167,33 @@ SELF_CRITICAL = {
 def config_for(dataset, splits, out, **changes) -> TrainConfig:
     """The config for one of `splits.DATASETS`, given its `find_splits`; `changes` override it.
 
-    With `loss="self-critical"`, SELF_CRITICAL overrides the preset of the dataset.
+    What `defaults_of` returns overrides the preset of the dataset.
     """
     names = ("train_images", "train_captions", "val_images", "val_captions")
     files = [str(path) for split in ("train", "val") for path in splits[split]]
     options = {**dict(zip(names, files, strict=True)), "out": str(out)}
-    presets = PRESETS.get(dataset, {}) | defaults_of(changes.get("loss"))
+    presets = PRESETS.get(dataset, {}) | defaults_of(changes.get("loss"), changes.get("init_from"))
     return TrainConfig(**{**options, **presets, **changes})
 
 
-def defaults_of(loss) -> dict:
-    """The options whose defaults depend on the loss."""
-    return SELF_CRITICAL if loss == "self-critical" else {}
+def defaults_of(loss, init_from=None) -> dict:
+    """The options whose defaults depend on the loss and on the checkpoint to start from."""
+    own = SELF_CRITICAL if loss == "self-critical" else {}
+    if str(init_from).lower() == "none":
+        return own
+    return (own or FINE_TUNING) | model_options_of(init_from)
+
+
+def model_options_of(path) -> dict:
+    """The options ARCHITECTURE and INPUT of the model in a checkpoint.
+
+    None of them if the file contains no such model: `build_run` raises an error for it.
+    """
+    try:
+        config, _ = config_and_words(load_safely(path))
+        return {name: config[name] for name in (*ARCHITECTURE, *INPUT) if name in config}
+    except (OSError, LookupError, TypeError, AttributeError, ValueError):
+        return {}
 
 
 def parse_args(arguments=None) -> TrainConfig:
@@ -187,7 +215,8 @@ def parse_args(arguments=None) -> TrainConfig:
             if field.type == int | None:
                 options["type"] = integer_or_none
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
-    parser.set_defaults(**defaults_of(parser.parse_args(arguments).loss))
+    first = parser.parse_args(arguments)
+    parser.set_defaults(**defaults_of(first.loss, first.init_from))
     return TrainConfig(**vars(parser.parse_args(arguments)))
 
 

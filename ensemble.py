@@ -48,6 +48,10 @@ class Ensemble:
         """A list of images -> a batch for each model."""
         return [model.preprocess(images) for model in self.models]
 
+    def concatenate(self, batches):
+        """Several results of `preprocess` as one."""
+        return [torch.cat(of_model) for of_model in zip(*batches, strict=True)]
+
     decode, caption = CaptionModel.decode, CaptionModel.caption
     attention_maps = staticmethod(CaptionModel.attention_maps)
 

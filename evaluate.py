@@ -165,20 +165,20 @@ def caption_files(model, paths, on_bad=None, return_attention=False, **options):
 
 
 def read_images(model, paths, on_bad=None):
-    """(the paths of the files that can be read, their batch); `on_bad` as in `caption_files`."""
-    try:
-        return paths, model.preprocess(paths)
-    except BadImageError:
-        if on_bad is None:
-            raise
-    readable = []
+    """(the paths of the files that can be read, their batch); `on_bad` as in `caption_files`.
+
+    Each file is opened once. Without a readable file, the batch is None.
+    """
+    readable, images = [], []
     for path in paths:
         try:
-            model.preprocess([path])
+            images.append(model.preprocess([path]))
             readable.append(path)
         except BadImageError as error:
+            if on_bad is None:
+                raise
             on_bad(error)
-    return readable, model.preprocess(readable) if readable else None
+    return readable, model.concatenate(images) if images else None
 
 
 def find_images(folder) -> list[Path]:

@@ -227,6 +227,11 @@ class CaptionModel(nn.Module):
         """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""
         return torch.stack([self.transform(image) for image in images])
 
+    @staticmethod
+    def concatenate(batches):
+        """Several results of `preprocess` as one batch."""
+        return torch.cat(batches)
+
     def caption(self, images, beam_size=None, max_len=20, batch_size=32, return_attention=False,
                 **options) -> list:  # fmt: skip
         """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.

@@ -4,6 +4,7 @@ run = build_run(TrainConfig(train_images=..., out="runs/mine"))
 run.model, run.train_loader, run.optimizer, run.progress.history
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from backbones import input_settings
 from card import training_card
 from checkpoint import find_earlier_run, modification_times, restore
 from coco import CocoCaptions
-from config import TrainConfig
+from config import ARCHITECTURE, ModelConfig, TrainConfig
 from data_loader import tokenize_all, train_loader, val_loader
 from distributed import (
     pick_device,
@@ -29,8 +30,9 @@ from images import BadImageError, train_transform
 from losses import SelfCritical, TeacherForcing
 from model import CaptionModel
 from rewards import CiderD
-from vocabulary import Vocabulary
+from vocabulary import UNK, Vocabulary
 
+NEW_WORDS_LOG_ODDS = -2.0  # of the words that a checkpoint lacks against its <unk>, at first
 FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
 
 
@@ -104,22 +106,59 @@ def build_run(config: TrainConfig) -> Run:
 
 
 def build_model(config, train_data) -> CaptionModel:
-    """A new model with the vocabulary of the training captions, or that of `config.init_from`."""
+    """A new model with the vocabulary of the training captions, or that of `config.init_from`.
+
+    The latter keeps its words and their indices. Training with cross-entropy adds the words that
+    it lacks; self-critical training does not, because the samples would not contain them.
+    """
+    counts = tokenize_all(train_data.all_captions, config.cache_dir).counts()
     if config.init_from is None:
-        counts = tokenize_all(train_data.all_captions, config.cache_dir).counts()
         vocab = Vocabulary.from_counts(counts, config.min_word_freq)
         return CaptionModel(vocab.words, config.model_config(), config.weights)
     source = CaptionModel.from_checkpoint(config.init_from)
-    model = CaptionModel(source.vocab.words, config.model_config(), weights=None)
-    try:
-        model.load_state_dict(source.state_dict())
-        model.card = source.card
-    except RuntimeError as error:
-        raise ValueError(
-            f"the model in {config.init_from} has another architecture than this run: "
-            f"{str(error)[:300]}"
-        ) from None
+    check_architecture(source.config, config)
+    vocab = source.vocab
+    if config.loss == "cross-entropy":
+        vocab = vocab.extended(counts, config.min_word_freq)
+    new = vocab.words[len(source.vocab) :]
+    if new:
+        print0(f"{len(new)} new words: {', '.join(new[:10])}{', ..' if new[10:] else ''}")
+    model = CaptionModel(vocab.words, config.model_config(), weights=None)
+    model.load_state_dict(with_new_words(source.state_dict(), len(new)))
+    model.card = source.card
     return model
+
+
+def check_architecture(source: ModelConfig, config):
+    """Raise ValueError if a model with the config `source` cannot be continued with `config`."""
+    different = [
+        f"{name} {getattr(source, name)}, not {getattr(config, name)}"
+        for name in ARCHITECTURE if getattr(source, name) != getattr(config, name)
+    ]  # fmt: skip
+    if different:
+        raise ValueError(
+            f"the model in {config.init_from} has {'; '.join(different)}: leave such options out"
+        )
+    if config.weights not in (None, "DEFAULT"):
+        print0(f"The weights of the CNN are those in {config.init_from}, not {config.weights}.")
+
+
+def with_new_words(state: dict, count: int) -> dict:
+    """The state dict of a model with `count` words more, behind those of its vocabulary.
+
+    A new word has the embedding and the output weights of `<unk>`, as which it was read and
+    predicted so far. All new words together have a probability of e^NEW_WORDS_LOG_ODDS times that
+    of `<unk>` (15 %), so that they hardly change the captions before they are learned.
+    """
+    if count == 0:
+        return state
+    bias = state["decoder.linear.bias"]
+    rows = {
+        "decoder.embedding.weight": state["decoder.embedding.weight"][UNK].expand(count, -1),
+        "decoder.linear.weight": state["decoder.linear.weight"][UNK].expand(count, -1),
+        "decoder.linear.bias": (bias[UNK] + NEW_WORDS_LOG_ODDS - math.log(count)).expand(count),
+    }
+    return state | {name: torch.cat([state[name], new]) for name, new in rows.items()}
 
 
 def build_loaders(config, model, train_data, val_data):
@@ -210,7 +249,7 @@ def build_optimizer(model, config):
 
 def warn_about_few_updates(run: Run):
     updates = run.config.epochs * -(-len(run.train_loader) // run.config.batches_per_update)
-    if updates < FEW_UPDATES:
+    if updates < FEW_UPDATES and run.config.init_from is None:
         print0(
             f"The run has only {updates} optimizer steps, which is hardly enough: with so few "
             "captions try --batch-size 8 --grad-accum-steps 1, and more --epochs."

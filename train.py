@@ -176,8 +176,8 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
     with lock_run_dir(Path(config.out), rank), stop_on_sigterm() as stop:
         prepare_run_dir(run)
         try:
-            if run.reward and not progress.history:  # the model that this run starts from
-                end_epoch(run, {"epoch": 0, "reward": run.reward.signature})
+            if config.init_from and not progress.history:  # the model that this run starts from
+                end_epoch(run, {"epoch": 0, **signature_of(run.reward)})
             while not is_finished(progress, config):
                 start, first = time.perf_counter(), progress.step
                 train_one_epoch(run, lambda norm: save_if_due(run, norm, stop))
@@ -190,6 +190,11 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
             print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
             raise
     return progress.history
+
+
+def signature_of(reward) -> dict:
+    """{"reward": what it is} of self-critical training, else nothing."""
+    return {"reward": reward.signature} if reward else {}
 
 
 def is_finished(progress, config) -> bool:
@@ -247,8 +252,7 @@ def report(run: Run, beam_size=3) -> dict:
     model = CaptionModel.from_checkpoint(best, run.model.device)
     captions = run.train_loader.dataset.data.all_captions
     metrics = {"split": "validation", "precision": run.precision}
-    if run.reward:
-        metrics["reward"] = run.reward.signature
+    metrics |= signature_of(run.reward)
     metrics |= evaluate_captions(model, run.val_loader, captions, beam_size)
     if rank_and_world_size()[0] == 0:
         write_text(Path(run.config.out) / "metrics.json", json.dumps(metrics, indent=2))

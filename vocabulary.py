@@ -77,6 +77,16 @@ class Vocabulary:
         kept.sort(key=lambda word: (-counts[word], word))
         return cls([*SPECIAL_TOKENS, *kept], threshold)
 
+    def extended(self, counts: dict[str, int], threshold: int = 5) -> "Vocabulary":
+        """This vocabulary with further words behind its own: those that occur often enough.
+
+        The words of this vocabulary keep their indices. The further ones, those of `counts` that
+        it does not contain and that occur at least `threshold` times, are sorted as by `build`.
+        """
+        new = [word for word, n in counts.items() if n >= threshold and word not in self.index]
+        new.sort(key=lambda word: (-counts[word], word))
+        return Vocabulary([*self.words, *new], threshold)
+
     def __len__(self) -> int:
         return len(self.words)
 

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import sys
+import zlib
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +23,7 @@ import plots
 from caption import main
 from checkpoint import save
 from config import ModelConfig
+from ensemble import Ensemble
 from evaluate import BATCH_SIZE, caption_files
 from images import BadImageError
 from model import CaptionModel
@@ -240,6 +243,57 @@ def test_damaged_files(command, model, photos, recwarn):
     assert [line.split(":")[:2] for line in errors[1:]] == [["error", f" {n}"] for n in damaged]
     assert len(errors) == 21 and not recwarn.list
     assert len(json.loads(Path("out.json").read_text())) == 5
+
+
+def kinds_of_damage(photo):
+    """{file name: content} of files that are no readable images, each made from a good one."""
+    encoded = {}
+    for suffix in ("jpg", "png", "gif", "webp"):
+        Image.open(photo).resize((200, 150)).save(f"whole.{suffix}")
+        encoded[suffix] = Path(f"whole.{suffix}").read_bytes()
+        Path(f"whole.{suffix}").unlink()
+    files = {f"half.{suffix}": data[: len(data) // 2] for suffix, data in encoded.items()}
+    files |= {f"header.{suffix}": b"?" * 12 + data[12:] for suffix, data in encoded.items()}
+    png, jpg = encoded["png"], encoded["jpg"]
+    header = png[12:16] + b"\0\1\0\0" * 2 + png[24:29]  # of 65536 x 65536 pixels
+    size = jpg.index(b"\xff\xc0") + 5
+    return files | {
+        "huge.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:],
+        "huge.jpg": jpg[:size] + b"\xff\x00" * 2 + jpg[size + 4 :],
+        "no_pixels.jpg": jpg[:size] + b"\0" * 4 + jpg[size + 4 :],
+        "zeros.jpg": bytes(1000), "page.jpg": b"<html></html>", "eps.jpg": b"%!PS-Adobe-3.0 EPSF",
+    }  # fmt: skip
+
+
+def test_kinds_of_damage(command, model, photos):
+    """Truncated and disguised files, and those of an impossible size, are named, each in a line.
+
+    So are a link to nowhere and a folder with the name of a photo, and what is left is captioned.
+    """
+    bad = kinds_of_damage(photos[0])
+    for name, content in bad.items():
+        Path(name).write_bytes(content)
+    Path("link.jpg").symlink_to("nowhere.jpg")
+    Path("folder.jpg").mkdir()
+    status, printed, errors = command("folder.jpg", photos[0], *bad, "link.jpg", photos[1])
+    assert (status, printed) == (1, lines(photos[:2], model.caption(photos[:2])))
+    assert len(errors) == len(bad) + 3
+    for name, error in zip([*bad, "link.jpg"], errors[2:], strict=True):
+        assert error.startswith(f"error: {name}: ") and len(error) < 250
+    assert errors[0] == "error: there is no image in folder.jpg; check the path"
+
+
+@pytest.mark.parametrize("models", [1, 2])
+def test_files_are_opened_once(model, photos, models):
+    """Damaged files in a batch do not let its good files be opened again."""
+    Path("bad.jpg").write_text("text")
+    paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
+    captioning = model if models == 1 else Ensemble([model] * models)
+    with mock.patch("images.Image.open", wraps=Image.open) as opened:
+        found = [x.captions[0] for x in caption_files(captioning, paths, bad.append, beam_size=3)]
+    times = Counter(call.args[0] for call in opened.call_args_list)
+    assert times == {**dict.fromkeys(photos[:4], models), "bad.jpg": 1, "nowhere.jpg": 1}
+    assert found == model.caption(photos[:4]) and len(bad) == 2
 
 
 def test_missing_files(command, model, photos):

@@ -94,13 +94,15 @@ def test_data_without_a_description(dataset, info):
 
 
 def test_card_of_a_run_that_continues_another(trained, shared_dataset, tmp_path):
-    """With --init-from, the card names what the first model was trained on."""
+    """With --init-from, the card has the first model's training data, encoder and licence."""
     source = tmp_path / "source.pt"
-    export(trained / "best.pt", source, card={"summary": "A.", "encoder": {"network": "x"}})
+    entries = {"summary": "A.", "encoder": {"network": "x"}, "licence": "research"}
+    export(trained / "best.pt", source, card=entries)
     card = build_run(
         tiny_config(shared_dataset, init_from=str(source), out=str(tmp_path))
     ).model.card
     assert card["initialized from"] == "A." and card["encoder"] == {"network": "x"}
+    assert card["licence"] == "research"
     assert card["data"]["name"] == NAME
 
 

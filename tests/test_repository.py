@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "download": {"files"},
     "vocabulary": {"files"},
     "backbones": {"checkpoint"},
-    "config": {"distributed"},
+    "config": {"checkpoint", "distributed"},
     "decoding": {"vocabulary"},
     "attention": {"decoding", "layers", "vocabulary"},
     "diagrams": {"attention", "backbones", "config", "plots"},
