@@ -32,12 +32,13 @@ BEAM_SIZE = 5
 REGULARIZED = ["--num-heads", "8", "--dropout", "0.5", "--feature-dropout", "0.5",
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
 # Small steps from a converged model. Of an option given twice, the last one counts.
-FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "3"]
-SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "6"]
+FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "3",
+              "--batch-size", "64", "--grad-accum-steps", "2", "--min-word-freq", "5"]  # fmt: skip
+SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
-    "init": (["--inject", "init"], None),
-    "pre": (["--inject", "pre"], None),
+    "init": (["--inject", "init", "--image-norm"], None),
+    "pre": (["--inject", "pre", "--image-norm"], None),
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),

@@ -123,20 +123,20 @@ def is_blank(output) -> bool:
 def compress_figure(data, limit=20_000, tolerance=1.0):
     """Compress a PNG.
 
-    A diagram has few colours and sharp lines: it remains a PNG, with 64 colours, if these differ
+    A diagram has few colours and sharp lines: it remains a PNG, with 32 colours, if these differ
     from the original ones by less than `tolerance` (of 255) on average. A photograph of more than
     `limit` characters becomes a JPEG, about a fifth of the size.
     """
     if "image/png" not in data:
         return
     figure = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-    reduced = figure.quantize(64, dither=Image.Dither.NONE)
+    reduced = figure.quantize(32, dither=Image.Dither.NONE)
     change = ImageStat.Stat(ImageChops.difference(figure, reduced.convert("RGB"))).mean
     if max(change) < tolerance:
         data["image/png"] = encode(reduced, "PNG")
     elif len(data["image/png"]) > limit:
         del data["image/png"]
-        data["image/jpeg"] = encode(figure, "JPEG", quality=65, progressive=True)
+        data["image/jpeg"] = encode(figure, "JPEG", quality=60, progressive=True)
 
 
 def encode(figure, kind, **options) -> str:
