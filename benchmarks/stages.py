@@ -9,6 +9,7 @@ What is measured is what train.py runs: `extract_features`, `train_one_epoch`, `
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -185,8 +186,12 @@ def reward_share(setting, steps=3):
     return sum(seconds) / (time.perf_counter() - start)
 
 
-def classic_training(setting):
-    loop = classic_loop(setting)
+def classic_training(setting, cached=False):
+    """cached: from features in memory, without opening and encoding images."""
+    loop = copy(classic_loop(setting))
+    if cached:
+        features = torch.randn(loop.batch_size, loop.embed.in_features, device=loop.device)
+        loop.load_images, loop.encode = lambda indices: None, lambda images: features
 
     def run(count):
         for _ in range(count):
@@ -252,6 +257,9 @@ STAGES = {
     "training step": Stage(partial(training, "auto"), classic_training, "captions", "auto"),
     "training step, float32": Stage(
         partial(training, "float32"), classic_training, "captions", "float32"
+    ),
+    "training step, cached": Stage(
+        partial(training, "auto"), partial(classic_training, cached=True), "captions", "auto"
     ),
     "training step, attend": Stage(attend_training, classic_training, "captions", "auto"),
     "greedy decoding": Stage(partial(decoding, 1), partial(classic_decoding, 1), "images", "auto"),
