@@ -168,24 +168,27 @@ def test_import_has_no_side_effect(module, tmp_path, monkeypatch, capfd):
 
 # ---------------------------------------------------------------------------- README and docs
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
-def test_options_in_the_readme():
-    """Every option in the README's train.py commands, and in its prose, exists."""
+def test_options_in_the_pages():
+    """Every option in the train.py commands of README and docs, and in their prose, exists."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
     train_options = {"--" + field.name.replace("_", "-") for field in fields(TrainConfig)}
-    commands = re.findall(r"train\.py((?:[^\n`]*\\\n)*[^\n`]*)", README)
+    commands = re.findall(r"train\.py((?:[^\n`]*\\\n)*[^\n`]*)", pages)
     assert len(commands) > 5
     assert set(re.findall(r"--[a-z][a-z-]+", " ".join(commands))) <= train_options | {"--help"}
     sources = "".join(path.read_text() for path in [*MODULES.values(), *PROGRAMS])
-    known = train_options | set(re.findall(r'"(--[a-z-]+)"', sources)) | {"--max-restarts"}
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    known = (
+        train_options
+        | set(re.findall(r'"(--[a-z-]+)"', sources))
+        | {"--max-restarts", "--nnodes", "--help"}
+    )
+    prose = re.sub(r"```.*?```", "", pages, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *ROOT.glob("docs/*.md")], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
 def test_links(path):
     """Every file and every heading that a Markdown file links to exists."""
     text = path.read_text(encoding="utf-8")
