@@ -182,7 +182,7 @@ def test_options_in_the_pages():
     known = (
         train_options
         | set(re.findall(r'"(--[a-z-]+)"', sources))
-        | {"--max-restarts", "--nnodes", "--help"}
+        | {"--max-restarts", "--nnodes", "--help", "--python"}
     )
     prose = re.sub(r"```.*?```", "", pages, flags=re.DOTALL)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
