@@ -44,7 +44,7 @@ class ModelConfig:
     no_image: bool = False  # replace the features by zeros: the no-image baseline
     fine_tune: str = "none"  # what to train of the CNN: none, its last stage, or all (slow)
     embed_size: int = 256  # size of the word and image embeddings
-    image_norm: bool = False  # batch normalization of the image embedding
+    image_norm: bool = False  # batch normalization of the image embedding (with init, pre: True)
     hidden_size: int = 512  # size of the LSTM state
     num_layers: int = 1  # LSTM layers
     dropout: float = 0.2  # on the word embeddings and the LSTM outputs
@@ -172,13 +172,16 @@ def config_for(dataset, splits, out, **changes) -> TrainConfig:
     names = ("train_images", "train_captions", "val_images", "val_captions")
     files = [str(path) for split in ("train", "val") for path in splits[split]]
     options = {**dict(zip(names, files, strict=True)), "out": str(out)}
-    presets = PRESETS.get(dataset, {}) | defaults_of(changes.get("loss"), changes.get("init_from"))
+    choices = (changes.get(name) for name in ("loss", "init_from", "inject"))
+    presets = PRESETS.get(dataset, {}) | defaults_of(*choices)
     return TrainConfig(**{**options, **presets, **changes})
 
 
-def defaults_of(loss, init_from=None) -> dict:
-    """The options whose defaults depend on the loss and on the checkpoint to start from."""
+def defaults_of(loss, init_from=None, inject=None) -> dict:
+    """The options whose defaults depend on the loss, the checkpoint to start from, or inject."""
     own = SELF_CRITICAL if loss == "self-critical" else {}
+    if str(init_from).lower() == "none" and inject in ("init", "pre"):
+        return own | {"image_norm": True}  # they read the image once: its scale matters
     if str(init_from).lower() == "none":
         return own
     return (own or FINE_TUNING) | model_options_of(init_from)
@@ -216,7 +219,7 @@ def parse_args(arguments=None) -> TrainConfig:
                 options["type"] = integer_or_none
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
     first = parser.parse_args(arguments)
-    parser.set_defaults(**defaults_of(first.loss, first.init_from))
+    parser.set_defaults(**defaults_of(first.loss, first.init_from, first.inject))
     return TrainConfig(**vars(parser.parse_args(arguments)))
 
 

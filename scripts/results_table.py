@@ -37,8 +37,8 @@ FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "3",
 SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
-    "init": (["--inject", "init", "--image-norm"], None),
-    "pre": (["--inject", "pre", "--image-norm"], None),
+    "init": (["--inject", "init"], None),
+    "pre": (["--inject", "pre"], None),
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),

@@ -24,7 +24,7 @@ def test_every_option_has_a_flag(field):
     """Every option can be set by its flag."""
     config = TrainConfig(**REQUIRED)
     value = getattr(config, field.name)
-    choices = {"precision": "float32", "inject": "pre", "best_by": "cider", "image_size": 96,
+    choices = {"precision": "float32", "inject": "attend", "best_by": "cider", "image_size": 96,
                "loss": "self-critical", "schedule": "constant", "fine_tune": "last"}  # fmt: skip
     if field.name in choices:
         other = choices[field.name]
@@ -70,3 +70,14 @@ def test_model_config():
     """The architecture of a run consists of the fields it shares with ModelConfig."""
     config = TrainConfig(**REQUIRED, hidden_size=7, inject="init")
     assert config.model_config() == ModelConfig(hidden_size=7, inject="init")
+
+
+@pytest.mark.parametrize("inject, expected", [("init", True), ("pre", True), ("par", False)])
+def test_image_norm_of_the_injections(inject, expected, tmp_path):
+    """The image embedding is normalized by default where the decoder reads it once."""
+    arguments = [
+        w for name, text in REQUIRED.items() for w in ("--" + name.replace("_", "-"), text)
+    ]
+    assert parse_args([*arguments, "--inject", inject]).image_norm is expected
+    splits = dict.fromkeys(("train", "val"), (tmp_path, tmp_path))
+    assert config_for("folder", splits, tmp_path, inject=inject).image_norm is expected
