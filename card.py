@@ -32,6 +32,8 @@ def training_card(config, train_data, val_data, source=None) -> dict:
     card = {"summary": summary, "data": data, "encoder": _encoder(config)}
     if source is not None:
         card["initialized from"] = source["summary"]
+        if source["summary"] != summary:
+            card["summary"] = f"{summary}; continued from a model {source['summary']}"
         card["encoder"] = source.get("encoder", {"network": config.backbone})
         if "licence" in source:  # such as "research use only": it holds for what is made of it
             card["licence"] = source["licence"]

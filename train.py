@@ -186,6 +186,8 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
                 saved = progress.epoch
                 if after_epoch:
                     after_epoch(run)
+            if progress.epoch < config.epochs:
+                print0(f"Stopped: no better validation for {config.patience} epochs.")
         except KeyboardInterrupt:
             print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
             raise
