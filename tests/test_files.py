@@ -133,24 +133,28 @@ def test_lock_is_exclusive(path):
     assert not is_locked(path)
 
 
-def test_waiting_for_a_lock(path, capsys):
+def test_waiting_for_a_lock(path, monkeypatch):
     """With `wait`, the second holder starts after the first has ended, and says that it waits."""
-    order, held = [], threading.Event()
+    order, held, waits = [], threading.Event(), threading.Event()
+
+    def report(text, **options):
+        order.append(text)
+        waits.set()
 
     def hold():
         with file_lock(path):
             held.set()
-            while "Waiting for another process" not in "".join(order):
-                order.append(capsys.readouterr().out)
+            waits.wait()
             order.append("first")
 
+    monkeypatch.setattr(files, "print", report, raising=False)
     first = threading.Thread(target=hold)
     first.start()
     held.wait()
     with file_lock(path):
         order.append("second")
     first.join()
-    assert order[-2:] == ["first", "second"]
+    assert order == [f"Waiting for another process that holds {path}", "first", "second"]
 
 
 def test_lock_of_a_killed_process(path):
