@@ -180,11 +180,11 @@ def config_for(dataset, splits, out, **changes) -> TrainConfig:
 def defaults_of(loss, init_from=None, inject=None) -> dict:
     """The options whose defaults depend on the loss, the checkpoint to start from, or inject."""
     own = SELF_CRITICAL if loss == "self-critical" else {}
-    if str(init_from).lower() == "none" and inject in ("init", "pre"):
-        return own | {"image_norm": True}  # they read the image once: its scale matters
-    if str(init_from).lower() == "none":
-        return own
-    return (own or FINE_TUNING) | model_options_of(init_from)
+    if str(init_from).lower() != "none":
+        return (own or FINE_TUNING) | model_options_of(init_from)
+    if inject in ("init", "pre"):  # they read the image once, and its scale matters
+        return own | {"image_norm": True}
+    return own
 
 
 def model_options_of(path) -> dict:

@@ -148,7 +148,7 @@ def with_new_words(state: dict, count: int) -> dict:
 
     A new word has the embedding and the output weights of `<unk>`, as which it was read and
     predicted so far. All new words together have a probability of e^NEW_WORDS_LOG_ODDS times that
-    of `<unk>` (15 %), so that they hardly change the captions before they are learned.
+    of `<unk>` (14 %), so that they hardly change the captions before they are learned.
     """
     if count == 0:
         return state
