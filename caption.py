@@ -146,14 +146,15 @@ def write_json(path, captions):
 def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Caption photographs.")
     parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
-    parser.add_argument("--n", type=int, help="print so many captions per photo, with scores")
+    parser.add_argument("--n", type=int, help="print the N best captions of each photo, with their "
+                        "scores (log-probability / length ** 0.7)")  # fmt: skip
     parser.add_argument("--beam", type=int, help="beam size; default: 3, or --n if it is larger")
-    parser.add_argument("--sample", action="store_true", help="sample the words of one caption")
+    parser.add_argument("--sample", action="store_true", help="sample words, without beam search")
     parser.add_argument("--temperature", type=float, help="of --sample; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
     parser.add_argument("--checkpoint", help="default: photo_captioner.pt beside caption.py")
     parser.add_argument("--json", help="file for the captions, in COCO's results format")
-    parser.add_argument("--maps", help="folder for pictures of the attention")
+    parser.add_argument("--maps", help="folder for pictures of the attention, PHOTO.jpg each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args(arguments)
 

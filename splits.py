@@ -171,4 +171,6 @@ def _write_captions_files(splits, out_dir, description) -> dict[str, Path]:
     files = {name: Path(out_dir) / f"captions_{name}.json" for name in splits}
     for name, (images, annotations) in splits.items():
         write_captions(files[name], images, annotations, description)
+    sizes = ", ".join(f"{len(images)} {name}" for name, (images, _) in splits.items())
+    print(f"{out_dir}: {sizes} images")
     return files
