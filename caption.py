@@ -26,6 +26,8 @@ from evaluate import BATCH_SIZE, caption_files, find_images, image_id_of, write_
 from images import without_normalization
 from model import CaptionModel
 
+MAX_STEM = 60  # characters of a photo's name in the name of its picture: file systems limit names
+
 
 def find_photos(arguments, on_bad) -> list[Path]:
     """The files that the arguments name: "-" stands for the lines of standard input.
@@ -35,9 +37,9 @@ def find_photos(arguments, on_bad) -> list[Path]:
     paths = []
     for argument in arguments:
         if argument == "-":
-            lines = [line.rstrip("\n") for line in sys.stdin]
-            paths += find_photos([line for line in lines if line not in ("", "-")], on_bad)
-        elif Path(argument).is_dir():
+            lines = [line.strip("\ufeff\r\n") for line in sys.stdin]  # also of Windows' files
+            paths += find_photos([x for x in lines if x.strip() not in ("", "-")], on_bad)
+        elif os.path.isdir(argument):  # unlike Path.is_dir, False for names that are too long
             try:
                 paths += find_images(argument)
             except DataError as error:
@@ -53,8 +55,8 @@ def decoding_options(args) -> dict:
         if not (args.n is None and args.beam is None):
             raise ValueError("--n and --beam are for beam search: leave them or --sample out")
         temperature = 1.0 if args.temperature is None else args.temperature
-        if not temperature > 0:
-            raise ValueError("--temperature must be greater than 0")
+        if not 0.01 <= temperature <= 100:
+            raise ValueError("--temperature must be between 0.01 and 100")
         return {"temperature": temperature}
     if args.temperature is not None:
         raise ValueError("--temperature is for sampling: add --sample")
@@ -68,16 +70,17 @@ def decoding_options(args) -> dict:
 def save_map(folder, names, found, transform):
     """Save the attention for each word as a picture, named like the photo.
 
-    names: the names in use; a photo of the same name as another gets a number behind it.
+    names: the names in use, in lower case; a photo of such a name gets a number behind it.
     """
     import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
 
     from plots import attention_maps
 
-    name, number = found.path.stem, 2
-    while name in names:
-        name, number = f"{found.path.stem}-{number}", number + 1
-    names.add(name)
+    stem = found.path.stem[:MAX_STEM]
+    name, number = stem, 2
+    while name.lower() in names:
+        name, number = f"{stem}-{number}", number + 1
+    names.add(name.lower())
     image = without_normalization(transform)(found.path)
     figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
     figure.savefig(Path(folder) / f"{name}.jpg")
@@ -95,13 +98,13 @@ def run(args) -> int:
     paths = find_photos(args.photos, on_bad)
     if not paths:
         raise DataError("there is nothing to caption: give photos, folders, or paths to -")
-    check_outputs(args)
+    check_outputs(args, paths)
     device = pick_device(args.device)
     model = (CaptionModel.from_checkpoint(args.checkpoint, device) if args.checkpoint
              else CaptionModel.pretrained(device))  # fmt: skip
     print(f"model: {model.card['summary']}", file=sys.stderr)
     torch.manual_seed(args.seed)
-    captions, map_names = [], set()
+    captions, map_names = [], names_in(args.maps, paths)
     hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
         for found in caption_files(model, paths, on_bad, bool(args.maps), **options):
@@ -115,12 +118,24 @@ def run(args) -> int:
     return 1 if bad else 0
 
 
-def check_outputs(args):
+def check_outputs(args, paths):
     """Raise OSError now rather than after the last photo; creates the folder of `--maps`."""
+    if args.json and os.path.isdir(args.json):
+        raise OSError(f"cannot write {args.json}: it is a folder; give the path of a file")
     if args.json and not Path(args.json).parent.is_dir():
         raise OSError(f"cannot write {args.json}: there is no folder {Path(args.json).parent}")
+    if args.json and os.path.realpath(args.json) in map(os.path.realpath, paths):
+        raise OSError(f"{args.json} is one of the photos and would be replaced; change --json")
+    if args.maps and os.path.exists(args.maps) and not os.path.isdir(args.maps):
+        raise OSError(f"{args.maps} is not a folder; give --maps a folder for the pictures")
     if args.maps:
         Path(args.maps).mkdir(parents=True, exist_ok=True)
+
+
+def names_in(folder, paths) -> set[str]:
+    """The names, in lower case, of the photos in `folder`, which no picture may replace."""
+    real = os.path.realpath(folder or os.devnull)
+    return {path.stem.lower() for path in paths if os.path.realpath(path.parent) == real}
 
 
 def print_captions(found, with_scores):
@@ -178,5 +193,5 @@ def main(arguments=None) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdin, sys.stdout):  # file names need not be valid UTF-8
-        stream.reconfigure(errors="surrogateescape")
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     sys.exit(main())

@@ -264,7 +264,8 @@ def save_run(run):
         save(content, out / "best.pt")
     content |= {
         "optimizer": run.optimizer.state_dict(), "rng": rng, "step": progress.step,
-        "totals": totals, "data": data_fingerprint(run), "computed_in": run.precision,
+        "seconds": progress.seconds, "totals": totals, "data": data_fingerprint(run),
+        "computed_in": run.precision,
     }  # fmt: skip
     save(content, out / "last.pt")
     run.checkpoint_times = modification_times(out)
@@ -288,6 +289,7 @@ def restore(run, checkpoint):
         model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         progress.history, progress.step = checkpoint["history"], checkpoint["step"]
+        progress.seconds = checkpoint.get("seconds", 0.0)  # earlier versions did not save it
         if rank == 0:
             progress.totals += checkpoint["totals"].to(progress.totals)
         if len(checkpoint["rng"]) == world_size:

@@ -40,8 +40,8 @@ def generate(decoder, memory, beam_size=1, max_len=20, temperature=0.0, top_k=No
 
     Raises ValueError for options that contradict each other, or if the model computes NaN.
     """
-    if not temperature >= 0:
-        raise ValueError("temperature must be at least 0")
+    if not (temperature == 0 or 1e-40 <= temperature <= 1e30):  # as a float32, finite and not 0
+        raise ValueError("temperature must be 0 (no sampling), or between 1e-40 and 1e30")
     if temperature and (beam_size > 1 or n_best or groups > 1):
         raise ValueError("a temperature samples words: it cannot be combined with a beam")
     if top_k is not None and not temperature:

@@ -56,11 +56,19 @@ class EncoderCNN(nn.Module):
                 for weight in module.parameters(recurse=False):
                     weight.requires_grad_(not isinstance(module, _BatchNorm))
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(fine_tune == "all"):
                 images = torch.zeros(1, 3, image_size, image_size)
-                self.feature_size = self.eval().forward_features(images).size(2)
+                features = self.eval().forward_features(images)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"{backbone} rejects images of size {image_size}: {error}") from None
+        if not pooled and features.size(1) == 1:
+            raise ValueError(
+                f"{backbone} has no feature map for attention: its output for images of size "
+                f"{image_size} is a single vector; use another backbone, or inject par"
+            )
+        if fine_tune == "all":
+            freeze_unused(self.backbone, features)
+        self.feature_size = features.size(2)
         output_size = embed_size if pooled else 2 * embed_size
         self.dropout = Dropout(feature_dropout)
         self.linear = nn.Linear(self.feature_size, output_size)
@@ -127,6 +135,16 @@ class EncoderCNN(nn.Module):
         if self.no_image:
             features = torch.zeros_like(features)
         return self.norm(self.linear(self.dropout(features)))
+
+
+def freeze_unused(network, output):
+    """Exclude the parameters from training on which `output`, computed by `network`, does not
+    depend: some networks of timm keep layers of their classifier.
+    """
+    parameters = list(network.parameters())
+    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def positions_of(views):

@@ -182,10 +182,14 @@ def read_images(model, paths, on_bad=None):
 
 
 def find_images(folder) -> list[Path]:
-    """The image files in a folder and its subfolders, sorted. Raises DataError if there is none."""
+    """The image files in a folder and its subfolders, sorted, but no hidden ones.
+
+    Raises DataError if there is none.
+    """
     paths = sorted(
         path for path in Path(folder).rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )  # fmt: skip
     if not paths:
         raise DataError(f"there is no image in {folder}; check the path")

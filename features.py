@@ -33,6 +33,7 @@ from data_loader import identity_collate
 from distributed import (
     autocast,
     barrier,
+    print0,
     rank_and_world_size,
     resolve_precision,
     show_progress,
@@ -108,8 +109,7 @@ def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_
         barrier()  # no rank writes before all ranks have listed the missing files
         if missing:
             with reuse_freed_memory():
-                compute_shards(encoder, paths, transform, folder, missing[rank::world_size],
-                               batch_size, num_workers)  # fmt: skip
+                compute_shards(encoder, paths, transform, folder, missing, batch_size, num_workers)
         barrier()  # no rank reads before all ranks have written
     for start in starts:
         if not is_complete(folder, start, len(paths)):
@@ -126,14 +126,16 @@ def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_
 
 @torch.inference_mode()
 def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_workers):
-    """Compute and write the shards whose first images are `starts`."""
+    """Compute and write this rank's share of the shards whose first images are `starts`."""
     device, encoder = encoder.linear.weight.device, optimized_for_inference(encoder)
     batch_size = batch_size or default_batch_size(device)
     zeros = np.zeros_like(
         forward_batch(encoder, [transform(Image.new("RGB", (64, 64)))], device)[0]
     )
-    missing = sum(len(paths[start : start + SHARD_SIZE]) for start in starts)
-    check_space(folder, missing * zeros.nbytes)
+    check_space(folder, count_images(paths, starts) * zeros.nbytes)  # of all ranks
+    rank, world_size = rank_and_world_size()
+    starts = starts[rank::world_size]
+    missing = count_images(paths, starts)
     bar = tqdm(total=len(paths), initial=len(paths) - missing, unit="img",
                desc="extracting features", mininterval=1, leave=False, file=sys.stdout,
                disable=not show_progress())  # fmt: skip
@@ -152,6 +154,11 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
             bar.update(len(batch))
         write_shard(folder, start, np.stack(features), bad)
     bar.close()
+
+
+def count_images(paths, starts) -> int:
+    """The number of images in the shards whose first images are `starts`."""
+    return sum(len(paths[start : start + SHARD_SIZE]) for start in starts)
 
 
 def forward_batch(encoder, images, device):
@@ -213,7 +220,7 @@ def check_space(folder, need):
             "are free; free some space, or choose another --cache-dir"
         )
     if need > LARGE:
-        print(f"writing {need / 1e9:.1f} GB of features to {folder}", flush=True)
+        print0(f"writing {need / 1e9:.1f} GB of features to {folder}")
 
 
 def bad_file(folder, start) -> Path:

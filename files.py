@@ -25,7 +25,9 @@ def atomic_write(path):
     A full disk, a kill or a power cut leaves the previous version of `path` as it was. Raises
     OSError if the file cannot be written.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link is kept, and the file that it leads to replaced
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is not a regular file; choose another path")
     # The process id is part of the name, because several ranks may write this file.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -4,12 +4,13 @@ transform = eval_transform(224)
 transform("photo.jpg")     # (3, 224, 224), normalized with ImageNet's statistics
 """
 
+import os
 import warnings
 from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,6 +32,8 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
     is_open = isinstance(source, Image.Image)
     name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} argument"
     try:
+        if not is_open and os.path.exists(source) and not os.path.isfile(source):
+            raise ValueError("not a regular file")  # reading a pipe could wait for ever
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = source if is_open else Image.open(source)
@@ -41,7 +44,10 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
             raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
         return _to_rgb(image)
     except FileNotFoundError:
-        raise BadImageError(f"{name}: there is no such file") from None
+        raise BadImageError(f"{name}: there is no such file; check the path") from None
+    except UnidentifiedImageError:
+        reason = "not an image, or damaged, or in a format that Pillow does not read"
+        raise BadImageError(f"{name}: {reason}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise BadImageError(f"{name}: {error or type(error).__name__}") from None
 

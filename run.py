@@ -43,6 +43,7 @@ class Progress:
     history: list = field(default_factory=list)  # a dict of results per epoch
     step: int = 0  # batches of the current epoch
     totals: torch.Tensor | None = None  # sums of what the loss returned for these batches
+    seconds: float = 0.0  # duration of their training
 
     @property
     def epoch(self) -> int:

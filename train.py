@@ -56,7 +56,7 @@ def train_one_epoch(run: Run, after_update):
     # This seeds the random crops in the worker processes.
     loader.generator.manual_seed(hash((config.seed, epoch, progress.step, rank_and_world_size())))
     run.optimizer.zero_grad()
-    targets = 0
+    targets, start = 0, time.perf_counter() - progress.seconds
     bar = tqdm(loader, f"epoch {epoch + 1}/{config.epochs}", initial=progress.step, total=steps,
                unit="batch", leave=False, file=sys.stdout, mininterval=1,
                disable=not show_progress())  # fmt: skip
@@ -70,6 +70,7 @@ def train_one_epoch(run: Run, after_update):
             continue
         done = (epoch + progress.step / steps) / config.epochs
         norm = update(run, targets, schedule(done, config.schedule))
+        progress.seconds = time.perf_counter() - start
         targets = 0
         if progress.step % 20 == 0:  # not in every step, because item() synchronizes a GPU
             bar.set_postfix({k: f"{v:.3f}" for k, v in training_means(progress.totals).items()})
@@ -120,18 +121,15 @@ def training_means(totals) -> dict:
     return {"train_loss": loss / tokens, "train_reward": reward / samples}
 
 
-def training_results(run: Run, seconds, fraction) -> dict:
-    """The training results of an epoch, for its line of the history.
-
-    seconds: duration of the training. fraction: of the epoch that was trained in this time, below
-        1 if the run was resumed within it.
-    """
-    captions = fraction * len(run.train_loader.dataset)
+def training_results(run: Run) -> dict:
+    """The training results of an epoch, for its line of the history."""
+    progress, captions = run.progress, len(run.train_loader.dataset)
     return {
-        "epoch": run.progress.epoch + 1,
-        **training_means(all_reduce_sum(run.progress.totals)),
-        "captions_per_second": round(captions / seconds, 1), "seconds": round(seconds, 1),
-    }  # fmt: skip
+        "epoch": progress.epoch + 1,
+        **training_means(all_reduce_sum(progress.totals)),
+        "captions_per_second": round(captions / progress.seconds, 1),
+        "seconds": round(progress.seconds, 1),
+    }
 
 
 def end_epoch(run: Run, training: dict):
@@ -140,14 +138,16 @@ def end_epoch(run: Run, training: dict):
     progress.history.append(training | validate(run))
     check_finite(progress.history[-1]["val_loss"])
     progress.step, progress.totals = 0, torch.zeros_like(progress.totals)
+    progress.seconds = 0.0
     save_run(run)
     print0(describe_epoch(progress.history[-1]))
 
 
 def validate(run: Run) -> dict:
     """The validation results of the model, for a line of the history."""
-    if run.config.fine_tune == "all":
-        broadcast_buffers(run.model)
+    # The statistics of BatchNorm that training updates, on each rank from its own batches.
+    encoder = run.model.encoder
+    broadcast_buffers(encoder if run.config.fine_tune == "all" else encoder.norm)
     nll, tokens = evaluate_loss(run.model, run.val_loader)
     results = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
     if run.config.best_by == "cider":
@@ -179,10 +179,8 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
             if config.init_from and not progress.history:  # the model that this run starts from
                 end_epoch(run, {"epoch": 0, **signature_of(run.reward)})
             while not is_finished(progress, config):
-                start, first = time.perf_counter(), progress.step
                 train_one_epoch(run, lambda norm: save_if_due(run, norm, stop))
-                fraction = 1 - first / len(run.train_loader)
-                end_epoch(run, training_results(run, time.perf_counter() - start, fraction))
+                end_epoch(run, training_results(run))
                 saved = progress.epoch
                 if after_epoch:
                     after_epoch(run)

@@ -72,18 +72,32 @@ def evaluate_command(args, checkpoints) -> list[str]:
             "--cache-dir", args.cache_dir, "--beam-size", str(BEAM_SIZE), *ensemble]  # fmt: skip
 
 
+def all_options(row) -> list[str]:
+    """The options of a row, after those of the rows that it starts from."""
+    options, base = ROWS[row]
+    return [*(all_options(base) if base else []), *options]
+
+
 def result(args, encoder, row, seed) -> dict:
-    """The metrics of a run, which is trained if it is not complete yet."""
+    """The metrics of a run, which is trained, and before it the row that it starts from.
+
+    A run that is complete, with the same options, is neither trained nor evaluated again.
+    """
     folder = run_folder(args, encoder, row, seed)
     file = folder / "table.json"
-    if not file.is_file():
-        if train.main(train_command(args, encoder, row, seed)):
-            raise SystemExit(f"{row} with seed {seed} failed; see the message above")
-        options = evaluate.parse_args(evaluate_command(args, [folder / "best.pt"]))
-        history = [json.loads(line) for line in (folder / "history.jsonl").open()]
-        seconds = sum(line.get("seconds", 0) for line in history)
-        write_text(file, json.dumps(evaluate.run(options) | {"minutes": seconds / 60}))
-    return json.loads(file.read_text())
+    metrics = json.loads(file.read_text()) if file.is_file() else {}
+    if metrics.get("options") == all_options(row):
+        return metrics
+    if ROWS[row][1]:
+        result(args, encoder, ROWS[row][1], seed)
+    if train.main(train_command(args, encoder, row, seed)):
+        raise SystemExit(f"{row} with seed {seed} is not complete; see the message above")
+    metrics = evaluate.run(evaluate.parse_args(evaluate_command(args, [folder / "best.pt"])))
+    history = [json.loads(line) for line in (folder / "history.jsonl").open()]
+    seconds = sum(line.get("seconds", 0) for line in history)
+    metrics |= {"minutes": seconds / 60, "options": all_options(row)}
+    write_text(file, json.dumps(metrics))
+    return metrics
 
 
 def ensemble_result(args, encoder) -> dict:
@@ -95,8 +109,8 @@ def ensemble_result(args, encoder) -> dict:
     return metrics | {"minutes": sum(result["minutes"] for result in results)}
 
 
-def format_row(encoder, row, results) -> str:
-    """A row of a Markdown table: the mean and, of several seeds, the range of each column."""
+def format_row(encoder, row, results, seeds) -> str:
+    """A row of a Markdown table: the mean and, of several results, the range of each column."""
     cells = []
     for name, template in COLUMNS.items():
         values = [result[name] for result in results if name in result]
@@ -104,7 +118,7 @@ def format_row(encoder, row, results) -> str:
         if len(values) > 1 and name != "minutes":
             cell += f" ({template.format(min(values))} to {template.format(max(values))})"
         cells.append(cell)
-    return f"| {encoder} | {row} | {len(results)} | {' | '.join(cells)} |"
+    return f"| {encoder} | {row} | {len(seeds)} | {' | '.join(cells)} |"
 
 
 def main():
@@ -128,10 +142,10 @@ def main():
                 for seed in args.seeds if row != "ensemble" else []:
                     print("python train.py", *train_command(args, encoder, row, seed))
             elif row == "ensemble":
-                lines.append(format_row(encoder, row, [ensemble_result(args, encoder)]))
+                lines.append(format_row(encoder, row, [ensemble_result(args, encoder)], args.seeds))
             else:
                 results = [result(args, encoder, row, seed) for seed in args.seeds]
-                lines.append(format_row(encoder, row, results))
+                lines.append(format_row(encoder, row, results, args.seeds))
     if not args.dry_run:
         print("\n".join(lines))
 

@@ -290,6 +290,25 @@ def test_timm(name, positions):
     assert sizes == {encoder.feature_size}
 
 
+def test_unused_layers():
+    """With fine_tune all, the layers on which the feature map does not depend are not trained, and
+    all others get a gradient.
+    """
+    encoder = EncoderCNN(8, "timm/mobilenetv3_small_050", None, fine_tune="all", pooled=False)
+    encoder(torch.randn(2, 3, 224, 224)).sum().backward()
+    trained = {n for n, p in encoder.backbone.named_parameters() if p.requires_grad}
+    got = {n for n, p in encoder.backbone.named_parameters() if p.grad is not None}
+    assert trained == got and len(got) > 100
+    unused = {n.split(".")[-2] for n, p in encoder.backbone.named_parameters() if p.grad is None}
+    assert unused == {"conv_head"}
+
+
+def test_no_feature_map():
+    """A network whose output has a single position is refused for attention."""
+    with pytest.raises(ValueError, match="has no feature map"):
+        EncoderCNN(8, "timm/pit_ti_224", None, pooled=False)
+
+
 def test_timm_input_settings():
     """Image size, normalization and interpolation are those of timm's data configuration."""
     settings = input_settings("timm/tf_efficientnet_lite2")

@@ -303,8 +303,48 @@ def test_missing_files(command, model, photos):
     assert (status, printed) == (1, lines([photos[1]], model.caption([photos[1]])))
     assert [error for error in errors if error.startswith("error: ")] == [
         "error: there is no image in empty; check the path",
-        "error: nowhere.jpg: there is no such file",
+        "error: nowhere.jpg: there is no such file; check the path",
     ]
+
+
+def test_odd_names(command, model, photos, monkeypatch):
+    """Paths on standard input may have the line ends and the byte order mark of Windows' files.
+
+    A name that is too long, an empty one and a pipe are named, and the other photos captioned.
+    """
+    long = "x" * 300 + ".jpg"
+    os.mkfifo("pipe.jpg")
+    paths = ["\ufeff" + photos[0], "", "  ", long, "pipe.jpg", photos[1]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\r\n".join(paths)))
+    status, printed, errors = command("-")
+    assert (status, printed) == (1, lines(photos[:2], model.caption(photos[:2])))
+    assert [line[:15] for line in errors[1:]] == ["error: xxxxxxxx", "error: pipe.jpg"]
+
+
+def test_hidden_files(command, model, photos):
+    """Of a folder, hidden files are left out: copies of photos by macOS begin with "._"."""
+    for name in ("in/._a.jpg", "in/.trash/b.jpg", "in/c.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos[0], name)
+    assert command("in")[:2] == (0, lines(["in/c.jpg"], model.caption([photos[0]])))
+
+
+def test_maps_do_not_replace_photos(attend, photos):
+    """A picture of the attention in the folder of the photos gets a name that none of them has."""
+    before = {path: path.read_bytes() for path in map(Path, photos[:2])}
+    assert main(["--checkpoint", str(attend), *photos[:2], "--maps", "."]) == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert all(Path(f"{path.stem}-2.jpg").is_file() for path in before)
+
+
+def test_results_keep_links(command, photos):
+    """--json writes to the file that a link leads to, and replaces no device."""
+    Path("link.json").symlink_to("target.json")
+    assert command(photos[0], "--json", "link.json")[0] == 0
+    assert Path("link.json").is_symlink() and len(json.loads(Path("target.json").read_text())) == 1
+    os.mkfifo("pipe.json")
+    status, _, errors = command(photos[0], "--json", "pipe.json")
+    assert status == 1 and "not a regular file" in errors[-1]
 
 
 def test_only_bad_files(command, photos):
@@ -319,10 +359,13 @@ ERRORS = {
     "00.jpg --n 4 --beam 3": "--beam at least as large as --n",
     "00.jpg --sample --n 2": "--n and --beam are for beam search",
     "00.jpg --temperature 2": "add --sample",
-    "00.jpg --sample --temperature 0": "greater than 0",
+    "00.jpg --sample --temperature 0": "between 0.01 and 100",
+    "00.jpg --sample --temperature inf": "between 0.01 and 100",
     "00.jpg --maps maps": "--inject attend",
     "00.jpg --maps 01.jpg": "01.jpg",
     "00.jpg --json nowhere/out.json": "no folder nowhere",
+    "00.jpg --json empty": "it is a folder",
+    "00.jpg --json ./00.jpg": "is one of the photos",
     "00.jpg --device quantum": "'quantum'",
     "00.jpg --checkpoint nowhere.pt": "no file nowhere.pt",
     "00.jpg --checkpoint 00.jpg": "00.jpg",

@@ -127,6 +127,21 @@ def test_one_process_writes(runs):
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are started by a fork server")
+def test_same_batch_norm(shared_dataset):
+    """Two processes validate one model: with the running statistics that the checkpoint contains.
+
+    The perplexity of the best epoch is the one that the command finds again with best.pt.
+    """
+    config = tiny_config(shared_dataset, inject="init", image_norm=True, learning_rate=0.02,
+                         precision="float32", out=f"{shared_dataset}/norm")  # fmt: skip
+    train_in_two_processes(config)
+    history = map(json.loads, (Path(config.out) / "history.jsonl").open())
+    metrics = json.loads((Path(config.out) / "metrics.json").read_text())
+    best = min(line["val_perplexity"] for line in history)
+    assert metrics["perplexity"] == pytest.approx(best, rel=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_interleave(world_size):
     """`interleave` restores the order of a list that was divided between ranks."""

@@ -41,7 +41,7 @@ def test_rows_and_seeds(table):
     out, folder = table()
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert [line.split(" | ")[1:3] for line in lines[2:]] == [
-        ["par", "2"], ["longer", "2"], ["ensemble", "1"]
+        ["par", "2"], ["longer", "2"], ["ensemble", "2"]
     ]  # fmt: skip
     assert sorted(path.name for path in folder.iterdir()) == [
         f"mobilenet_v3_small-{row}-{seed}" for row in ("longer", "par") for seed in (0, 1)
@@ -68,5 +68,23 @@ def test_dry_run(table):
 def test_mean_and_range(monkeypatch):
     """Of several seeds, a cell contains the mean, the lowest and the highest value."""
     results = [{"CIDEr-D": 0.4, "minutes": 2}, {"CIDEr-D": 0.6, "minutes": 4}]
-    line = results_table.format_row("resnet50", "par", results)
+    line = results_table.format_row("resnet50", "par", results, [0, 1])
     assert "0.500 (0.400 to 0.600)" in line and line.endswith("| 3 |")
+
+
+def test_one_row_alone(table):
+    """A row that continues another one trains that one first, if it is missing."""
+    _, folder = table("--rows", "longer", "--seeds", "0")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"mobilenet_v3_small-{row}-0" for row in ("longer", "par")
+    ]
+
+
+def test_changed_options(table, monkeypatch):
+    """A row whose options have changed since is trained again."""
+    _, folder = table("--rows", "par", "--seeds", "0")
+    row = (["--inject", "par", *TINY, "--epochs", "2"], None)
+    monkeypatch.setitem(results_table.ROWS, "par", row)
+    table("--rows", "par", "--seeds", "0")
+    history = (folder / "mobilenet_v3_small-par-0" / "history.jsonl").read_text()
+    assert len(history.splitlines()) == 2
