@@ -1,7 +1,7 @@
 """Diagrams of the model and of its training, drawn from the configuration that is used.
 
     architecture(model.config, len(model.vocab), model.encoder.feature_size, words=["a", "cat"])
-    python diagrams.py      # writes docs/architecture.svg and docs/architecture.png
+    python diagrams.py      # writes docs/architecture.svg
 
 Each function takes an optional `ax` and returns the axes.
 """
@@ -287,7 +287,6 @@ def main():
     with Image.open(photo) as image, plt.rc_context({"svg.hashsalt": "0"}):
         ax = architecture(ModelConfig(), 9_000, 2_048, words=words, image=image)
         ax.figure.savefig(out / "architecture.svg", metadata={"Date": None})  # text as paths
-        ax.figure.savefig(out / "architecture.png", dpi=200)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def _captioned_axes(images, below, columns, width):
 
 def _text_lines(words, width, size, **style):
     """Lines of (word, colour) for text of `width` inches in a font of `size` points."""
-    characters = int((width - 0.2) * 72 / (0.6 * size))
+    character = 0.68 if style.get("weight") == "bold" else 0.6  # widths, of the font's size
+    characters = int((width - 0.2) * 72 / (character * size))
     wrapped = textwrap.wrap(" ".join(word for word, _ in words), characters)
     words, lines = iter(words), []
     for line in wrapped:
@@ -205,6 +206,7 @@ def next_word_bars(steps, marked, titles, dots=None, columns=5, width=2.3):
             ax.plot([dots[i].get(name, 0) for name in names], names, "k.", clip_on=False)
         ax.set_axis_on()
         ax.set(xlim=(0, 1), xticks=(0, 1))
+        ax.set_xlabel("probability", fontsize=8, labelpad=-6)
         ax.set_title(titles[i], fontsize=9)
         ax.tick_params(labelsize=8, length=0)
         ax.spines[["top", "right"]].set_visible(False)
@@ -222,13 +224,13 @@ class Branch(NamedTuple):
 
 
 def beam_tree(steps, ax=None):
-    """The branches of a beam search, a column per step: lists of `Branch`, the best ones first.
+    """The branches of a beam search, a row per step: lists of `Branch`, the best ones first.
 
     Dropped branches are grey, complete captions have their score, and the caption with the highest
-    one is orange.
+    one is orange. Dashed lines are the path of greedy decoding, as far as the beam contains it.
     """
-    rows = max(map(len, steps))
-    ax = ax or plt.subplots(figsize=(0.95 * len(steps), 0.5 * rows), layout="constrained")[1]
+    width = max(map(len, steps))
+    ax = ax or plt.subplots(figsize=(1.9 * width, 0.42 * len(steps)), layout="constrained")[1]
     ends = [
         (branch.score, t, i)
         for t, step in enumerate(steps)
@@ -239,18 +241,22 @@ def beam_tree(steps, ax=None):
     for t in range(last, -1, -1):
         best.add((t, i))
         i = steps[t][i].parent
+    greedy = 0  # its position in the step before
     for t, step in enumerate(steps):
+        follows = [i for i, branch in enumerate(step) if t and branch.parent == greedy]
+        greedy = min(follows, default=None) if t else 0
         for i, branch in enumerate(step):
             colour = ORANGE if (t, i) in best else BLUE if branch.kept else "silver"
             if t:
-                ax.plot([t - 0.8, t - 0.2], [-branch.parent, -i], color=colour, zorder=0)
-            text = f"{branch.word}\n{branch.log_prob:.2f}"
+                style = "--" if i == greedy else "-"
+                ax.plot([branch.parent, i], [0.8 - t, 0.2 - t], style, color=colour, zorder=0)
+            text = f"{branch.word} {branch.log_prob:.2f}"
             if branch.score is not None:
-                text = f"{branch.word} {branch.log_prob:.2f}\nscore {branch.score:.3f}"
+                text += f", score {branch.score:.3f}"
             box = {"boxstyle": "round", "fc": "white", "ec": colour}
-            ax.text(t, -i, text, ha="center", va="center", fontsize=8, bbox=box,
+            ax.text(i, -t, text, ha="center", va="center", fontsize=8, bbox=box,
                     color="black" if branch.kept else "grey")  # fmt: skip
-    ax.set(xlim=(-0.6, len(steps) - 0.4), ylim=(0.6 - rows, 0.6))
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(0.5 - len(steps), 0.5))
     ax.set_axis_off()
     return ax
 

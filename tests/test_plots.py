@@ -93,7 +93,9 @@ def test_next_word_bars():
 
 
 def test_beam_tree():
-    """The path to the best score is orange, and what was dropped is grey."""
+    """The path to the best score is orange, what was dropped is grey, and the path of greedy
+    decoding, the best extension of the best first word, is dashed.
+    """
     steps = [
         [Branch("a", -1, 0, True), Branch("an", -2, 0, True)],
         [Branch("cat", -1.5, 0, True), Branch("ox", -2.1, 1, True), Branch("dog", -4, 0, False)],
@@ -104,9 +106,11 @@ def test_beam_tree():
              for text in ax.texts}  # fmt: skip
     orange = [text.get_text() for text in ax.texts
               if to_hex(text.get_bbox_patch().get_edgecolor()) == ORANGE]  # fmt: skip
-    assert orange == ["an\n-2.00", "ox\n-2.10", "<end> -2.20\nscore -0.800"]
+    assert orange == ["an -2.00", "ox -2.10", "<end> -2.20, score -0.800"]
     assert to_hex(edges["cat"]) == BLUE and to_hex(edges["dog"]) == to_hex("silver")
     assert len(ax.lines) == 5  # to every branch after the first step
+    dashed = [list(line.get_xdata()) for line in ax.lines if line.get_linestyle() == "--"]
+    assert dashed == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize(
