@@ -160,3 +160,11 @@ def test_pretrained(trained, tmp_path, monkeypatch):
     expected = CaptionModel.from_checkpoint(trained / "best.pt")
     model = CaptionModel.pretrained()
     assert model.card == expected.card and model.vocab.words == expected.vocab.words
+
+
+def test_included_model():
+    """photo_captioner.pt has at most 25 MB, a complete card, and captions a photo of a man."""
+    assert model_module.PRETRAINED.stat().st_size <= 25e6
+    model, photos = CaptionModel.pretrained(), model_module.PRETRAINED.parent / "photos"
+    assert model.card.keys() >= {"summary", "licence", "limitations", "validation", "command"}
+    assert "man" in model.caption(photos / "camera.jpg")[0].split()
