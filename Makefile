@@ -11,7 +11,7 @@ BIN := .venv/bin
 run: .venv/ready
 	$(BIN)/python scripts/run_notebooks.py
 
-test: .venv/ready
+test: .venv/ready .venv/app-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -28,6 +28,11 @@ faults: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.txt
+	touch $@
+
+# For the tests of the page; those in a browser are skipped where there is no Chromium.
+.venv/app-ready: requirements-app.txt .venv/ready
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $< playwright
 	touch $@
 
 clean:
