@@ -163,8 +163,13 @@ def test_pretrained(trained, tmp_path, monkeypatch):
 
 
 def test_included_model():
-    """photo_captioner.pt has at most 25 MB, a complete card, and captions a photo of a man."""
+    """photo_captioner.pt has at most 25 MB, a complete card, and captions a photo of a man, with
+    attention that differs between words.
+    """
     assert model_module.PRETRAINED.stat().st_size <= 25e6
     model, photos = CaptionModel.pretrained(), model_module.PRETRAINED.parent / "photos"
     assert model.card.keys() >= {"summary", "licence", "limitations", "validation", "command"}
-    assert "man" in model.caption(photos / "camera.jpg")[0].split()
+    (caption,), (maps,) = model.caption(photos / "camera.jpg", return_attention=True)
+    assert "man" in caption.split()
+    weights = torch.as_tensor(maps).float().flatten(1)  # (words, positions)
+    assert (weights[:, None] - weights).abs().sum(2).max() > 0.5  # 2: nothing in common
