@@ -109,16 +109,16 @@ def ensemble_result(args, encoder) -> dict:
     return metrics | {"minutes": sum(result["minutes"] for result in results)}
 
 
-def format_row(encoder, row, results, seeds) -> str:
-    """A row of a Markdown table: the mean and, of several results, the range of each column."""
+def format_cells(results, columns=COLUMNS) -> str:
+    """Cells of a Markdown table: the mean and, of several results, the range of each column."""
     cells = []
-    for name, template in COLUMNS.items():
+    for name, template in columns.items():
         values = [result[name] for result in results if name in result]
         cell = template.format(statistics.mean(values)) if values else ""
         if len(values) > 1 and name != "minutes":
             cell += f" ({template.format(min(values))} to {template.format(max(values))})"
         cells.append(cell)
-    return f"| {encoder} | {row} | {len(seeds)} | {' | '.join(cells)} |"
+    return " | ".join(cells)
 
 
 def main():
@@ -142,10 +142,11 @@ def main():
                 for seed in args.seeds if row != "ensemble" else []:
                     print("python train.py", *train_command(args, encoder, row, seed))
             elif row == "ensemble":
-                lines.append(format_row(encoder, row, [ensemble_result(args, encoder)], args.seeds))
+                cells = format_cells([ensemble_result(args, encoder)])
             else:
-                results = [result(args, encoder, row, seed) for seed in args.seeds]
-                lines.append(format_row(encoder, row, results, args.seeds))
+                cells = format_cells([result(args, encoder, row, seed) for seed in args.seeds])
+            if not args.dry_run:
+                lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {cells} |")
     if not args.dry_run:
         print("\n".join(lines))
 
