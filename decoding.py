@@ -206,7 +206,7 @@ def _choose(scores, log_probs, width, search, batch, groups, diversity):
 
 def mask_and_normalize(logits):
     """Log-probabilities of the words that may be generated: (B, V) -> (B, V), float32."""
-    logits = logits.float()
+    logits = logits.to(torch.float32, copy=True)
     logits[:, [PAD, START, UNK]] = -torch.inf
     log_probs = logits.log_softmax(-1)
     if log_probs[:, END].isnan().any():  # softmax propagates a NaN to all words
