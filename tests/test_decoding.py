@@ -461,6 +461,7 @@ def test_nan(strategy):
         {"max_len": 0, "temperature": 1.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
         {"temperature": 1.0, "top_k": 0},
         {"temperature": 1.0, "beam_size": 2},
         {"temperature": 1.0, "n_best": 1},
@@ -478,7 +479,7 @@ def test_nan(strategy):
 def test_invalid_options(options):
     """Options out of range, or that contradict each other, raise ValueError."""
     decoder, features = random_decoder(27)
-    with pytest.raises(ValueError, match="at least|cannot be combined|requires"):
+    with pytest.raises(ValueError, match="at least|cannot be combined|requires|between"):
         decoder.sample(features, **options)
 
 
