@@ -132,10 +132,10 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
     zeros = np.zeros_like(
         forward_batch(encoder, [transform(Image.new("RGB", (64, 64)))], device)[0]
     )
-    check_space(folder, count_images(paths, starts) * zeros.nbytes)  # of all ranks
+    sizes = [len(paths[start : start + SHARD_SIZE]) for start in starts]
+    check_space(folder, sum(sizes) * zeros.nbytes)  # of all ranks
     rank, world_size = rank_and_world_size()
-    starts = starts[rank::world_size]
-    missing = count_images(paths, starts)
+    starts, missing = starts[rank::world_size], sum(sizes[rank::world_size])
     bar = tqdm(total=len(paths), initial=len(paths) - missing, unit="img",
                desc="extracting features", mininterval=1, leave=False, file=sys.stdout,
                disable=not show_progress())  # fmt: skip
@@ -154,11 +154,6 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
             bar.update(len(batch))
         write_shard(folder, start, np.stack(features), bad)
     bar.close()
-
-
-def count_images(paths, starts) -> int:
-    """The number of images in the shards whose first images are `starts`."""
-    return sum(len(paths[start : start + SHARD_SIZE]) for start in starts)
 
 
 def forward_batch(encoder, images, device):

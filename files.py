@@ -25,9 +25,9 @@ def atomic_write(path):
     A full disk, a kill or a power cut leaves the previous version of `path` as it was. Raises
     OSError if the file cannot be written.
     """
-    path = Path(os.path.realpath(path))  # a link is kept, and the file that it leads to replaced
+    name, path = path, Path(os.path.realpath(path))  # of a link, the file that it leads to
     if path.exists() and not path.is_file():
-        raise OSError(f"cannot write {path}: it is not a regular file; choose another path")
+        raise OSError(f"cannot write {name}: it is not a regular file; choose another path")
     # The process id is part of the name, because several ranks may write this file.
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -40,7 +40,7 @@ def atomic_write(path):
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or str(cause).split("\n")[0] or repr(cause)
         raise OSError(
-            f"cannot write {path} ({reason}); the previous version, if there was one, is intact: "
+            f"cannot write {name} ({reason}); the previous version, if there was one, is intact: "
             "free some disk space or check the permissions, then run the same command again"
         ) from None
     finally:
