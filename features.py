@@ -128,10 +128,8 @@ def extract_features(encoder, paths, transform, cache_dir, batch_size=None, num_
 def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_workers):
     """Compute and write this rank's share of the shards whose first images are `starts`."""
     device, encoder = encoder.linear.weight.device, optimized_for_inference(encoder)
-    batch_size = batch_size or default_batch_size(device)
-    zeros = np.zeros_like(
-        forward_batch(encoder, [transform(Image.new("RGB", (64, 64)))], device)[0]
-    )
+    black = transform(Image.new("RGB", (64, 64)))
+    zeros = np.zeros_like(forward_batch(encoder, [black], device)[0])
     sizes = [len(paths[start : start + SHARD_SIZE]) for start in starts]
     check_space(folder, sum(sizes) * zeros.nbytes)  # of all ranks
     rank, world_size = rank_and_world_size()
@@ -141,8 +139,8 @@ def compute_shards(encoder, paths, transform, folder, starts, batch_size, num_wo
                disable=not show_progress())  # fmt: skip
     for start in starts:
         images = ReadableImages(paths[start : start + SHARD_SIZE], transform)
-        loader = DataLoader(images, batch_size, num_workers=num_workers,
-                            collate_fn=identity_collate)  # fmt: skip
+        loader = DataLoader(images, batch_size or default_batch_size(device),
+                            num_workers=num_workers, collate_fn=identity_collate)  # fmt: skip
         features, bad = [], {}
         for batch in loader:
             good = [image for image, _ in batch if image is not None]
