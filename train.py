@@ -124,12 +124,12 @@ def training_means(totals) -> dict:
 def training_results(run: Run) -> dict:
     """The training results of an epoch, for its line of the history."""
     progress, captions = run.progress, len(run.train_loader.dataset)
+    seconds = max(progress.seconds, 1e-3)  # an old checkpoint at the end of an epoch has none
     return {
         "epoch": progress.epoch + 1,
         **training_means(all_reduce_sum(progress.totals)),
-        "captions_per_second": round(captions / progress.seconds, 1),
-        "seconds": round(progress.seconds, 1),
-    }
+        "captions_per_second": round(captions / seconds, 1), "seconds": round(seconds, 1),
+    }  # fmt: skip
 
 
 def end_epoch(run: Run, training: dict):

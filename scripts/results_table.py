@@ -141,12 +141,12 @@ def main():
             if args.dry_run:
                 for seed in args.seeds if row != "ensemble" else []:
                     print("python train.py", *train_command(args, encoder, row, seed))
-            elif row == "ensemble":
-                cells = format_cells([ensemble_result(args, encoder)])
+                continue
+            if row == "ensemble":
+                results = [ensemble_result(args, encoder)]
             else:
-                cells = format_cells([result(args, encoder, row, seed) for seed in args.seeds])
-            if not args.dry_run:
-                lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {cells} |")
+                results = [result(args, encoder, row, seed) for seed in args.seeds]
+            lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {format_cells(results)} |")
     if not args.dry_run:
         print("\n".join(lines))
 

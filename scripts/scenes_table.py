@@ -1,6 +1,6 @@
 """Train and evaluate the rows of the README's table of synthetic scenes, and print the table.
 
-    python scripts/scenes_table.py                  # par and attend, three seeds: six minutes
+    python scripts/scenes_table.py    # par and attend, three seeds: six minutes on one core
     python scripts/scenes_table.py --seeds 0 --rows attend
 
 Captions are generated for the test scenes with a beam of 3. For `attend`, the command also prints
@@ -9,7 +9,6 @@ actual captions of the test scenes: for the trained model, the untrained one, an
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -95,7 +94,6 @@ def main():
     print(f"| model | seeds | {' | '.join(COLUMNS)} |\n{'|---' * (2 + len(COLUMNS))}|")
     for row, of_seeds in results.items():
         print(f"| {row} | {len(of_seeds)} | {format_cells(of_seeds, COLUMNS)} |")
-    print(json.dumps(results))
 
 
 if __name__ == "__main__":
