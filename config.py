@@ -23,7 +23,7 @@ CHOICES = {
 }
 AT_LEAST_1 = ("image_size", "embed_size", "hidden_size", "num_layers", "num_heads",
               "epochs", "batch_size", "grad_accum_steps", "min_word_freq")  # fmt: skip
-AT_LEAST_0 = ("patience", "save_every", "num_workers", "weight_decay", "xe_weight", "seed")
+AT_LEAST_0 = ("patience", "save_every", "num_workers", "crops", "weight_decay", "xe_weight", "seed")
 FRACTIONS = ("dropout", "feature_dropout", "label_smoothing")
 ABOVE_0 = ("learning_rate", "backbone_learning_rate", "grad_clip")
 
@@ -67,6 +67,7 @@ class TrainConfig(ModelConfig):
     min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
     # training
     epochs: int = 10  # passes over all training captions
+    crops: int = 0  # random crops of each training image whose features are used too
     batch_size: int = 64  # captions per batch, all of similar length
     grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
     learning_rate: float = 2e-3  # maximum of the schedule (AdamW)
@@ -116,6 +117,11 @@ class TrainConfig(ModelConfig):
             raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
         if self.no_image and self.fine_tune != "none":
             raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
+        if self.crops and self.fine_tune == "all":
+            raise ValueError(
+                "crops are for cached features: with fine_tune all, every epoch has new random "
+                "crops, so leave crops at 0"
+            )
         if self.loss == "self-critical":
             self.check_self_critical()
 

@@ -96,11 +96,14 @@ class ImageDataset(Dataset):
         `data.indices`, used in place of the images; otherwise an image is `transform(path)`.
     random_view: of the V views of an image, which are the image and its horizontal flip, draw one
         at random each time, as augmentation; otherwise a batch contains all of them.
+    crops: arrays like `features`, of crops of the images. A random view is one of those in
+        `features` and in all of `crops`.
     """
 
-    def __init__(self, data: CocoCaptions, transform=None, features=None, random_view=False):
+    def __init__(self, data: CocoCaptions, transform=None, features=None, random_view=False,
+                 crops=()):  # fmt: skip
         self.data, self.transform, self.features = data, transform, features
-        self.random_view = random_view
+        self.random_view, self.arrays = random_view, [features, *crops]
         self.indices = np.array(data.indices)
 
     def __len__(self):
@@ -113,12 +116,23 @@ class ImageDataset(Dataset):
     def images(self, rows):
         """(B,) rows of `data` -> their views (B, V, ...) float32, or images (B, 3, H, W)."""
         if self.features is not None:
-            views = torch.from_numpy(self.features[self.indices[rows]])
-            if self.random_view and views.size(1) > 1:
-                view = torch.randint(views.size(1), (len(views),))
-                views = views[torch.arange(len(views)), view].unsqueeze(1)  # (B, 1, ...)
-            return views.float()
+            indices = self.indices[rows]
+            views = self.draw_views(indices) if self.random_view else self.features[indices]
+            return torch.from_numpy(views).float()
         return torch.stack([self.transform(self.data.paths[row]) for row in rows])
+
+    def draw_views(self, indices):
+        """(B,) indices of images -> a random view of each, (B, 1, ...)."""
+        count = self.features.shape[1]  # views per array
+        if count * len(self.arrays) == 1:
+            return self.features[indices]
+        drawn = torch.randint(count * len(self.arrays), (len(indices),)).numpy()
+        number, view = np.divmod(drawn, count)
+        views = np.empty((len(indices), 1, *self.features.shape[2:]), self.features.dtype)
+        for i, array in enumerate(self.arrays):
+            rows = np.flatnonzero(number == i)
+            views[rows, 0] = array[indices[rows]][np.arange(len(rows)), view[rows]]
+        return views
 
 
 class CaptionDataset(ImageDataset):
@@ -128,8 +142,8 @@ class CaptionDataset(ImageDataset):
     """
 
     def __init__(self, data, vocab, transform=None, features=None, cache_dir=None,
-                 group_images=False, random_view=False):  # fmt: skip
-        super().__init__(data, transform, features, random_view)
+                 group_images=False, random_view=False, crops=()):  # fmt: skip
+        super().__init__(data, transform, features, random_view, crops)
         self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
         self.ends = np.cumsum(self.lengths)
         # (number of captions,): the row of `data` with the image of each caption
@@ -222,16 +236,16 @@ class ImageGroupedSampler(BucketSampler):
 
 def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, seed=0,
                  num_workers=0, rank=0, world_size=1, cache_dir=None,
-                 group_images=False):  # fmt: skip
+                 group_images=False, crops=()):  # fmt: skip
     """(images, captions, lengths): every caption once, reshuffled in each epoch.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Each rank gets its part of every
     batch of `batch_size` captions, or, with `group_images`, of images (and an index, see
     `CaptionDataset`). `cache_dir` keeps the tokenized captions. Of several views of an image in
-    `features`, one is drawn at random.
+    `features` and `crops` (see `ImageDataset`), one is drawn at random.
     """
     dataset = CaptionDataset(
-        data, vocab, transform, features, cache_dir, group_images, random_view=True
+        data, vocab, transform, features, cache_dir, group_images, random_view=True, crops=crops
     )
     if group_images:
         batches = ImageGroupedSampler(

@@ -6,6 +6,7 @@ transform("photo.jpg")     # (3, 224, 224), normalized with ImageNet's statistic
 
 import os
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -96,17 +97,40 @@ def attention_mask(weights, size) -> Image.Image:
 
 
 def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                    interpolation="bilinear") -> v2.Compose:  # fmt: skip
-    """Same as `eval_transform`, but with a random crop, for training without cached features.
+                    interpolation="bilinear", smallest=0.7) -> v2.Compose:  # fmt: skip
+    """Same as `eval_transform`, but with a random crop, for training.
+
+    smallest: the area of the smallest crop, as a fraction of that of the image.
 
     There is no horizontal flip, which would make every "left" and "right" of a caption wrong.
     """
-    interpolation = v2.InterpolationMode(interpolation)
+    mode = v2.InterpolationMode(interpolation)
     return v2.Compose([
         v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.RandomResizedCrop(image_size, (0.7, 1.0), interpolation=interpolation, antialias=True),
+        v2.RandomResizedCrop(image_size, (smallest, 1.0), interpolation=mode, antialias=True),
         *_to_tensor(mean, std),
     ])  # fmt: skip
+
+
+class CropTransform:
+    """Same as `train_transform` with crops down to half of the image, fixed for each image.
+
+    The crop depends on `seed` and on the name of the file alone, so that its features can be
+    computed once and cached. The other arguments are those of `train_transform`.
+    """
+
+    def __init__(self, seed, **settings):
+        self.seed, self.settings = seed, settings
+        self.transform = train_transform(**settings, smallest=0.5)
+
+    def __call__(self, source):
+        name = source.name if isinstance(source, Path) else ""
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+            return self.transform(source)
+
+    def __repr__(self):
+        return f"CropTransform({self.seed}, {self.transform})"
 
 
 def _to_tensor(mean, std):

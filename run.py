@@ -26,7 +26,7 @@ from distributed import (
     wrap_ddp,
 )
 from features import describe_bad, extract_features, find_bad_images
-from images import BadImageError, train_transform
+from images import BadImageError, CropTransform, train_transform
 from losses import SelfCritical, TeacherForcing
 from model import CaptionModel
 from rewards import CiderD
@@ -168,6 +168,11 @@ def build_loaders(config, model, train_data, val_data):
         image_features(config, model, data) for data in (train_data, val_data)
     )
     exclude_bad_images([train_data, val_data], [train_bad, val_bad], config.skip_bad_images)
+    settings = input_settings(config.backbone, config.image_size)
+    crops = [
+        image_features(config, model, train_data, CropTransform(seed, **settings))[0]
+        for seed in range(config.crops)
+    ]
     train_data, val_data = train_data.without(train_bad), val_data.without(val_bad)
     rank, world_size = rank_and_world_size()
     options = {"cache_dir": config.cache_dir, "rank": rank, "world_size": world_size}
@@ -178,22 +183,25 @@ def build_loaders(config, model, train_data, val_data):
         batch_size = max(round(captions / per_image), world_size)
     if config.fine_tune == "all":
         options["num_workers"] = config.num_workers
-    settings = input_settings(config.backbone, config.image_size)
     return (
         train_loader(train_data, model.vocab, transform=train_transform(**settings),
-                     features=train_features, seed=config.seed, batch_size=batch_size,
-                     group_images=config.group_images, **options),
+                     features=train_features, crops=crops, seed=config.seed,
+                     batch_size=batch_size, group_images=config.group_images, **options),
         val_loader(val_data, model.vocab, transform=model.transform, features=val_features,
                    batch_size=captions, group_images=config.group_images, **options),
     )  # fmt: skip
 
 
-def image_features(config, model, data):
-    """(features of all images or None, {index: reason} for those that cannot be read)."""
+def image_features(config, model, data, transform=None):
+    """(features of all images or None, {index: reason} for those that cannot be read).
+
+    transform: None: that of the model.
+    """
+    transform = transform or model.transform
     if config.fine_tune == "all":  # features that change cannot be cached
-        return None, find_bad_images(data.paths, model.transform, config.num_workers)
+        return None, find_bad_images(data.paths, transform, config.num_workers)
     extracted = extract_features(
-        model.encoder, data.paths, model.transform, config.cache_dir,
+        model.encoder, data.paths, transform, config.cache_dir,
         num_workers=config.num_workers, skip_bad=True,
     )  # fmt: skip
     return extracted.features, extracted.bad

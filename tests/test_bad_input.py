@@ -257,7 +257,7 @@ def test_too_many_pixels(fails, monkeypatch, limit):
         {"batch_size": 0}, {"epochs": 0}, {"dropout": 2.0}, {"seed": -1}, {"seed": 2**70},
         {"weight_decay": float("nan")}, {"patience": -1}, {"save_every": -500}, {"num_workers": -2},
         {"learning_rate": 0.0}, {"grad_clip": -1.0}, {"grad_accum_steps": 0},
-        {"init_from": "no/such/best.pt"},
+        {"init_from": "no/such/best.pt"}, {"crops": -1},
     ],
     ids=str,
 )  # fmt: skip
@@ -280,6 +280,11 @@ def test_unknown_choices(dataset, capsys, name):
 def test_no_image_to_fine_tune(fails):
     """A CNN whose features are not used cannot be fine-tuned."""
     assert "fine-tuned" in fails(no_image=True, fine_tune="all")
+
+
+def test_crops_of_a_trained_cnn(fails):
+    """Crops whose features are cached, for a CNN that changes, are an error."""
+    assert "leave crops at 0" in fails(crops=2, fine_tune="all")
 
 
 def test_image_too_small_for_the_backbone(fails):

@@ -105,8 +105,8 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch, epoc
 
 
 def test_resumed_fine_tuning(shared_dataset, tmp_path, monkeypatch):
-    """A resumed run is equal too if the last stage of the CNN is trained, on random views."""
-    options = {"fine_tune": "last", "flip": True, "save_every": 2}
+    """A resumed run is equal too if the last stage of the CNN is trained, on views of crops."""
+    options = {"fine_tune": "last", "flip": True, "crops": 1, "save_every": 2}
     config = tiny_config(shared_dataset, out=str(tmp_path / "whole"), **options)
     fit(build_run(config))
     config = replace(config, out=str(tmp_path / "resumed"))

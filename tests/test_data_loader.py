@@ -247,3 +247,26 @@ def test_random_view(data, vocab):
     images, *_ = next(iter(val_loader(data, vocab, features=features)))
     torch.testing.assert_close(images[:, 1], images[:, 0] + 100)
     assert set(images[:, 0].flatten().tolist()) == set(range(12))
+
+
+@pytest.mark.parametrize("group_images", [False, True])
+def test_random_crop(data, vocab, group_images):
+    """Training draws the views of the images and of their crops, all of them equally often."""
+    arrays = [
+        np.array([[[[n + 20 * v]] for v in (i, i + 1)] for n in range(12)], np.float16)
+        for i in (0, 2, 4)
+    ]
+    loader = train_loader(
+        data, vocab, features=arrays[0], crops=arrays[1:], group_images=group_images
+    )
+    torch.manual_seed(0)
+    counts = np.zeros((12, 6))
+    for _ in range(300):
+        for batch in loader:
+            rows = batch[3] if group_images else torch.arange(len(batch[1]))
+            assert batch[0].shape[1:] == (1, 1, 1)
+            for value in batch[0].flatten()[rows].int().tolist():
+                counts[value % 20, value // 20] += 1
+    captions = [len(of_image) for of_image in data.captions]
+    np.testing.assert_array_equal(counts.sum(1), np.multiply(300, captions))
+    np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), 1 / 6, atol=0.1)

@@ -5,7 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-from images import BadImageError, attention_mask, eval_transform, load_image, train_transform
+from images import (
+    BadImageError,
+    CropTransform,
+    attention_mask,
+    eval_transform,
+    load_image,
+    train_transform,
+)
 
 
 def saved(image, path, **options):
@@ -108,6 +115,33 @@ def test_train_transform_never_flips(tmp_path):
     crops = torch.stack([train_transform(32)(path) for _ in range(20)])
     assert (crops[..., -1] > crops[..., 0]).all()
     assert not torch.equal(crops[0], crops[1])
+
+
+def test_crop_transform(tmp_path):
+    """A crop depends on the seed and the file's name alone, and no random numbers are consumed."""
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    paths = [saved(Image.fromarray(ramp), tmp_path / f"{i}.png") for i in range(20)]
+    state = torch.get_rng_state()
+    crops = torch.stack([CropTransform(0, image_size=32)(path) for path in paths])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    again = torch.stack([CropTransform(0, image_size=32)(path) for path in reversed(paths)])
+    assert torch.equal(again.flip(0), crops)
+    other = torch.stack([CropTransform(1, image_size=32)(path) for path in paths])
+    contents = {crop.numpy().tobytes() for crop in torch.cat([crops, other])}
+    assert len(contents) == 40
+
+
+def test_crop_transform_shows_half_of_the_image(tmp_path):
+    """A crop has at least half of the area of the image, and sides in a ratio of 3:4 to 4:3."""
+    rows, columns = np.mgrid[:240, :240].astype(np.uint8)
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=-1))
+    for number in range(30):
+        path = saved(image, tmp_path / f"{number}.png")
+        crop = CropTransform(0, image_size=60, mean=(0, 0, 0), std=(1, 1, 1))(path) * 255
+        height = (crop[0, -1].mean() - crop[0, 0].mean()).item() * 60 / 59
+        width = (crop[1, :, -1].mean() - crop[1, :, 0].mean()).item() * 60 / 59
+        assert 0.48 < height * width / 240**2 <= 1.02 and 0.73 < width / height < 1.37
 
 
 def test_attention_mask():
