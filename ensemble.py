@@ -12,6 +12,7 @@ import torch
 
 import decoding
 from layers import eval_mode
+from losses import cross_entropy
 from model import CaptionModel
 
 
@@ -27,22 +28,47 @@ class Ensemble:
             raise ValueError("an ensemble needs at least one model")
         if any(model.vocab.words != self.models[0].vocab.words for model in self.models):
             raise ValueError("the models of an ensemble must have the same vocabulary")
-        self.vocab = self.models[0].vocab
+        self.vocab, self.device = self.models[0].vocab, self.models[0].device
+        self.decoder = EnsembleDecoder(
+            [model.decoder for model in self.models], [model.autocast for model in self.models]
+        )
+
+    @contextlib.contextmanager
+    def inference(self):
+        """Evaluation mode of all models, without gradients."""
+        with contextlib.ExitStack() as stack:
+            for model in self.models:
+                stack.enter_context(eval_mode(model))
+            # An outer context keeps the weights that autocast has converted from step to step.
+            stack.enter_context(self.models[0].autocast())
+            yield
+
+    def encode(self, images, precomputed=False) -> tuple:
+        """A batch for each model, as in `CaptionModel.encode` -> the memory of `self.decoder`."""
+        memory = []
+        for model, batch in zip(self.models, images, strict=True):
+            with model.autocast():
+                batch = batch.to(model.decoder.linear.weight)  # device and dtype
+                memory.append(model.encode(batch, precomputed))
+        return tuple(memory)
 
     def generate(self, images, precomputed=False, **options) -> decoding.Decoded:
         """Captions as token ids. images: a batch for each model, as in `CaptionModel.generate`."""
-        models, memory = self.models, []
-        decoder = EnsembleDecoder([m.decoder for m in models], [m.autocast for m in models])
-        with contextlib.ExitStack() as stack:
-            for model in models:
-                stack.enter_context(eval_mode(model))
-            # An outer context keeps the weights that autocast has converted from step to step.
-            stack.enter_context(models[0].autocast())
-            for model, batch in zip(models, images, strict=True):
-                with model.autocast():
-                    batch = batch.to(model.decoder.linear.weight)  # device and dtype
-                    memory.append(model.encode(batch, precomputed))
-            return decoding.generate(decoder, tuple(memory), **options)
+        with self.inference():
+            return decoding.generate(self.decoder, self.encode(images, precomputed), **options)
+
+    def evaluate_loss(self, loaders) -> tuple[float, int]:
+        """(total negative log-likelihood in nats, number of targets) under teacher forcing.
+
+        loaders: for each model a `val_loader` of the same captions, with the features for it.
+        """
+        total, count = 0.0, 0
+        with self.inference():
+            for batches in zip(*loaders, strict=True):
+                memory = self.encode([images for images, *_ in batches], precomputed=True)
+                nll, tokens = cross_entropy(self, memory, *batches[0][1:])
+                total, count = total + nll.item(), count + int(tokens)
+        return total, count
 
     def preprocess(self, images):
         """A list of images -> a batch for each model."""
@@ -70,16 +96,21 @@ class EnsembleDecoder:
         self.decoders = list(decoders)
         self.contexts = contexts or [contextlib.nullcontext] * len(self.decoders)
 
+    def __call__(self, memory, captions, positions=None, image_index=None):
+        """Teacher forcing, as `DecoderRNN.forward`: the log-probabilities of all models."""
+        own = ((m, captions, positions, image_index) for m in memory)
+        return mean_log_probs(self._each("forward", own))
+
     def init_state(self, memory):
         return self._each("init_state", zip(memory, strict=True))
 
     def step(self, tokens, state, memory):
         own = ((tokens, *pair) for pair in zip(state, memory, strict=True))
         logits, state, attentions = zip(*self._each("step", own), strict=True)
-        log_probs = torch.stack([x.float().log_softmax(-1) for x in logits]).mean(0)
         shapes = {None if x is None else x.shape for x in attentions}
         comparable = len(shapes) == 1 and None not in shapes
-        return log_probs, state, torch.stack(attentions).mean(0) if comparable else None
+        attention = torch.stack(attentions).mean(0) if comparable else None
+        return mean_log_probs(logits), state, attention
 
     def _each(self, method, arguments):
         """The results of a method of each decoder, called with its own arguments."""
@@ -88,3 +119,8 @@ class EnsembleDecoder:
             with context():
                 results.append(getattr(decoder, method)(*own))
         return tuple(results)
+
+
+def mean_log_probs(logits):
+    """The mean of the log-probabilities of several models, not normalized."""
+    return torch.stack([x.float().log_softmax(-1) for x in logits]).mean(0)

@@ -242,10 +242,9 @@ def run(args) -> dict | None:
     metrics |= {k: v for k, v in options.items() if k not in ("n_best", "constraint")}
     metrics |= {"ban_bad_endings": args.ban_bad_endings,
                 "ban_repeated_phrases": args.ban_repeated_phrases}  # fmt: skip
-    if len(models) == 1:
-        loader = val_loader(data, models[0].vocab, features=arrays[0], cache_dir=args.cache_dir,
-                            group_images=True)  # fmt: skip
-        metrics["perplexity"] = perplexity(*evaluate_loss(models[0], loader))
+    loaders = [val_loader(data, ensemble.vocab, features=features, cache_dir=args.cache_dir,
+                          group_images=True) for features in arrays]  # fmt: skip
+    metrics["perplexity"] = perplexity(*ensemble.evaluate_loss(loaders))
     return metrics | score(candidates, data, models[0].vocab)
 
 

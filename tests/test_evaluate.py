@@ -1,6 +1,7 @@
 """Evaluation: the loss and captions of a split, and the command."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -220,7 +221,7 @@ def test_ensemble(best, model, data, shared_dataset, tmp_path, capsys):
              f"{tmp_path}/results.json"]  # fmt: skip
     assert main([best, f"{shared_dataset}/images", *words]) == 0
     metrics = json.loads(capsys.readouterr().out)
-    assert metrics["models"] == 2 and "perplexity" not in metrics
+    assert metrics["models"] == 2
     memory = []
     for member in (model, other):
         features = extract_features(member.encoder, data.paths, member.transform, tmp_path).features
@@ -231,6 +232,21 @@ def test_ensemble(best, model, data, shared_dataset, tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert [result["caption"] for result in results] == captions
     assert captions != model.caption(data.paths) and captions != other.caption(data.paths)
+    expected = ensemble_perplexity([model, other], memory, data)
+    assert metrics["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def ensemble_perplexity(models, memory, data):
+    """With the mean log-probability of the models, normalized again; caption by caption."""
+    nll, vocab = [], models[0].vocab
+    for i, captions in enumerate(data.captions):
+        for caption in captions:
+            ids = torch.tensor([vocab.encode(caption)])
+            logits = [m.decoder(x[i : i + 1], ids)[0] for m, x in zip(models, memory, strict=True)]
+            mean = sum(x.log_softmax(1) for x in logits) / len(models)
+            nll += [-mean[t].log_softmax(0)[word] for t, word in enumerate(ids[0, 1:])]
+    return math.exp(sum(nll) / len(nll))
 
 
 ERRORS = {
