@@ -120,11 +120,10 @@ class CropTransform:
     """
 
     def __init__(self, seed, **settings):
-        self.seed, self.settings = seed, settings
-        self.transform = train_transform(**settings, smallest=0.5)
+        self.seed, self.transform = seed, train_transform(**settings, smallest=0.5)
 
     def __call__(self, source):
-        name = source.name if isinstance(source, Path) else ""
+        name = Path(source).name if isinstance(source, (str, Path)) else ""
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
             return self.transform(source)
