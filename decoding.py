@@ -69,7 +69,7 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
         beam search, Vijayakumar et al., 2016, arXiv:1610.02424): a word is chosen as if its
         log-probability were lower by `diversity` times the number of prefixes to which the earlier
         groups that are still searching have just added it. Scores stay those of the model. Each
-        group contributes ceil(n_best / groups) captions, of which the n_best best are returned.
+        group contributes ceil(n_best / groups) captions; the n_best best that differ are returned.
     constraint: (N, t) tokens so far -> (N, vocab_size) bool, True for tokens that may not follow;
         see constraints.py. The probabilities of the other tokens stay as they are.
 
@@ -91,7 +91,6 @@ def beam_search(decoder, memory, beam_size=1, max_len=20, length_penalty=LENGTH_
     tokens = search.new_full((len(search), 1), START)  # (A, K) the last token of each prefix
     images = memory if groups == 1 else _select(memory, search // groups, 0)  # of each prefix
     state = decoder.init_state(images)
-
     for length in range(1, max_len + 1):
         k = tokens.size(1)
         logits, state, attention = decoder.step(tokens.flatten(), state, images)
@@ -299,6 +298,10 @@ class _Beam(NamedTuple):
         if groups > 1:  # of the searches of an image, (B, groups * N)
             beam = _Beam(*(None if x is None else x.unflatten(0, (-1, groups)).flatten(1, 2)
                            for x in self))  # fmt: skip
+            # A caption that several groups have found counts once.
+            same = (beam.tokens.unsqueeze(1) == beam.tokens.unsqueeze(2)).all(3)
+            repeated = (same & (beam.scores > -torch.inf).unsqueeze(1)).tril(-1).any(2)
+            beam.scores[repeated], beam.ended[repeated] = -torch.inf, False
             order = beam.scores.argsort(1, descending=True)
             ended_first = beam.ended.gather(1, order).to(torch.uint8)
             ended_first = ended_first.sort(stable=True, dim=1, descending=True).indices

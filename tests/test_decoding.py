@@ -170,7 +170,8 @@ def count_equal(decoded, models, groups, width, diversity, max_len=6):
         if margin < 1e-4:
             continue
         clear += 1
-        expected = sorted((h for of_group in found for h in of_group),
+        found = {(tuple(h.tokens), h.ended): h for of_group in found for h in of_group}
+        expected = sorted(found.values(),
                           key=lambda h: (h.ended, h.score(0.7)), reverse=True)  # fmt: skip
         missing = n_best - len(expected)
         tokens = [[t for t in row if t] for row in decoded.tokens[image].tolist()]
