@@ -12,12 +12,15 @@
                   "timm/tf_efficientnet_lite2": "efficientnet_lite2.pth"}}
 
 The weights may also be "DEFAULT", to download them. The same works for COCO's folders. Every row is
-one `train.py` command per seed, which `--dry-run` prints; rows that are complete are not trained
-again, and an interrupted one continues. Captions are generated with a beam of 5.
+one `train.py` command per seed, which `--dry-run` prints. An interrupted row continues, and a
+complete one is not trained again, unless its options (or those of the row that it starts from), the
+captions or the weights have changed. Captions are generated with a beam of 5.
 """
 
 import argparse
+import hashlib
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -80,25 +83,38 @@ def all_options(row) -> list[str]:
     return [*(all_options(base) if base else []), *options]
 
 
+def digest(path) -> str:
+    """A hash of the content of a file, or the text itself if it is none: "DEFAULT"."""
+    file = Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else str(path)
+
+
 def result(args, encoder, row, seed) -> dict:
     """The metrics of a run, which is trained, and before it the row that it starts from.
 
-    A run that is complete, with the same options, is neither trained nor evaluated again.
+    row.json in its folder contains what the run depends on and, when it is complete, its metrics.
     """
     folder = run_folder(args, encoder, row, seed)
-    file = folder / "table.json"
-    metrics = json.loads(file.read_text()) if file.is_file() else {}
-    if metrics.get("options") == all_options(row):
-        return metrics
+    file = folder / "row.json"
+    inputs = args.data["train_captions"], args.data["val_captions"], args.data["encoders"][encoder]
+    key = {"options": all_options(row), "inputs": [digest(path) for path in inputs]}
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    changed = bool(saved) and not key.items() <= saved.items()
+    if "metrics" in saved and not changed:
+        return saved["metrics"]
     if ROWS[row][1]:
         result(args, encoder, ROWS[row][1], seed)
+    if changed:
+        print(f"{folder}: trained from the beginning, because its options or data have changed")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(key))
     if train.main(train_command(args, encoder, row, seed)):
         raise SystemExit(f"{row} with seed {seed} is not complete; see the message above")
     metrics = evaluate.run(evaluate.parse_args(evaluate_command(args, [folder / "best.pt"])))
     history = [json.loads(line) for line in (folder / "history.jsonl").open()]
-    seconds = sum(line.get("seconds", 0) for line in history)
-    metrics |= {"minutes": seconds / 60, "options": all_options(row)}
-    write_text(file, json.dumps(metrics))
+    metrics["minutes"] = sum(line.get("seconds", 0) for line in history) / 60
+    write_text(file, json.dumps(key | {"metrics": metrics}))
     return metrics
 
 

@@ -2,10 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import results_table
+import torch
 from conftest import tiny_config
+
+from checkpoint import load_safely
 
 TINY = ["--image-size", "64", "--embed-size", "8", "--hidden-size", "8", "--epochs", "1",
         "--min-word-freq", "1"]  # fmt: skip
@@ -94,11 +98,51 @@ def test_all_rows(table, monkeypatch):
     assert all(float(line[5]) >= 0 for line in lines)  # CIDEr-D
 
 
-def test_changed_options(table, monkeypatch):
-    """A row whose options have changed since is trained again."""
-    _, folder = table("--rows", "par", "--seeds", "0")
+def trained_weights(folder, row):
+    model = load_safely(folder / f"mobilenet_v3_small-{row}-0" / "best.pt")["model"]
+    return torch.cat([w.flatten() for name, w in model.items() if name.startswith("decoder.")])
+
+
+def test_changed_options(table, monkeypatch, tmp_path):
+    """If the options of a row change, it and the rows that start from it are trained from anew."""
+    _, folder = table("--rows", "longer", "--seeds", "0")
+    before = trained_weights(folder, "longer")
     row = (["--inject", "par", *TINY, "--epochs", "2"], None)
     monkeypatch.setitem(results_table.ROWS, "par", row)
+    table("--rows", "longer", "--seeds", "0")
+    table("--rows", "longer", "--seeds", "0", "--out", str(tmp_path / "fresh"))
+    for name in ("par", "longer"):
+        expected = trained_weights(tmp_path / "fresh", name)
+        assert torch.equal(trained_weights(folder, name), expected)
+    assert not torch.equal(before, expected)
+
+
+def test_other_captions(table, tmp_path):
+    """With other training captions, the same folder does not keep the results of the first."""
+    out, folder = table("--rows", "par", "--seeds", "0")
+    before = trained_weights(folder, "par")
+    data = json.loads((tmp_path / "data.json").read_text())
+    captions = json.loads(Path(data["train_captions"]).read_text())
+    for annotation in captions["annotations"]:
+        annotation["caption"] = "no " + annotation["caption"]
+    (tmp_path / "other.json").write_text(json.dumps(captions))
+    data["train_captions"] = str(tmp_path / "other.json")
+    (tmp_path / "data.json").write_text(json.dumps(data))
     table("--rows", "par", "--seeds", "0")
-    history = (folder / "mobilenet_v3_small-par-0" / "history.jsonl").read_text()
-    assert len(history.splitlines()) == 2
+    assert trained_weights(folder, "par").shape != before.shape
+
+
+def test_interrupted_row(table, monkeypatch):
+    """A row that was interrupted continues where it was, instead of at the beginning."""
+    real = results_table.train.main
+
+    def interrupted(arguments):
+        assert real(arguments) == 0
+        return 130
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="not complete"):
+        patch.setattr(results_table.train, "main", interrupted)
+        table("--rows", "par", "--seeds", "0")
+    monkeypatch.setattr("train.train_one_epoch", lambda *_: pytest.fail("trained again"))
+    out, _ = table("--rows", "par", "--seeds", "0")
+    assert "| par | 1 |" in out
