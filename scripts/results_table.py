@@ -36,8 +36,8 @@ REGULARIZED = ["--num-heads", "8", "--dropout", "0.5", "--feature-dropout", "0.5
                "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
 CROPS = ["--crops", "3", "--epochs", "16"]
 # Small steps from a converged model. Of an option given twice, the last one counts.
-FINE_TUNED = ["--fine-tune", "last", "--learning-rate", "2e-4", "--epochs", "3",
-              "--batch-size", "64", "--grad-accum-steps", "2", "--min-word-freq", "5"]  # fmt: skip
+SMALL_STEPS = ["--learning-rate", "2e-4", "--epochs", "3", "--batch-size", "64",
+               "--grad-accum-steps", "2", "--min-word-freq", "5"]  # fmt: skip
 SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
@@ -46,7 +46,9 @@ ROWS = {
     "par": (["--inject", "par"], None),
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "attend-crops": (["--inject", "attend", *REGULARIZED, *CROPS], None),
-    "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
+    "continued": (["--inject", "attend", *REGULARIZED, *SMALL_STEPS], "attend"),
+    "fine-tuned": (["--inject", "attend", *REGULARIZED, *SMALL_STEPS, "--fine-tune", "last"],
+                   "attend"),
     "self-critical": (["--inject", "attend", *SELF_CRITICAL], "fine-tuned"),
     "ensemble": (None, "self-critical"),
 }

@@ -8,6 +8,7 @@ from naive import NaiveAttentionDecoder, log_softmax
 from attention import AttentionDecoder
 from decoding import generate
 from losses import TeacherForcing
+from vocabulary import END, START
 
 M, P, E, V = 3, 6, 8, 11  # images, positions, embed_size, words
 
@@ -85,6 +86,39 @@ def test_attention_differs_between_words(decoder, memory):
     attention = decoded.attention[:, :2]  # (M, 2, P)
     torch.testing.assert_close(attention.sum(2), torch.ones(M, 2))
     assert (attention[:, 0] - attention[:, 1]).abs().sum(1).min() > 1e-3
+
+
+def test_trained_attention_finds_the_object():
+    """Trained to name two objects, the attention is on the position of the one that is named.
+
+    Each image has two of six objects, at random positions of nine; a caption names the one of the
+    first kind, and then the one of the second. Chance is 1/9 of the attention; with seeds 0 to 5,
+    86 % to 99 % were on the object.
+    """
+    torch.manual_seed(0)
+    decoder = AttentionDecoder(16, 32, 10)
+    encode = torch.nn.Linear(6, 32)
+    optimizer = torch.optim.Adam([*decoder.parameters(), *encode.parameters()], 0.01)
+
+    def scenes(count):
+        objects = torch.stack([torch.randint(3, (count,)), 3 + torch.randint(3, (count,))], 1)
+        positions = torch.rand(count, 9).argsort(1)[:, :2]
+        images = torch.zeros(count, 9, 6)
+        images[torch.arange(count).unsqueeze(1), positions, objects] = 1.0
+        start, end = torch.full((count, 1), START), torch.full((count, 1), END)
+        return images, torch.cat([start, 4 + objects, end], 1), positions
+
+    for _ in range(300):
+        images, captions, _ = scenes(64)
+        logits = decoder(encode(images), captions).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, captions[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    images, captions, positions = scenes(100)
+    decoded = generate(decoder.eval(), encode(images).detach())
+    assert (decoded.tokens == captions[:, 1:]).float().mean() > 0.95
+    on_object = decoded.attention[:, :2].gather(2, positions.unsqueeze(2))
+    assert on_object.mean((0, 2)).min() > 0.5
 
 
 def test_heads_must_divide():
