@@ -38,6 +38,7 @@ CROPS = ["--crops", "3", "--epochs", "16"]
 # Small steps from a converged model. Of an option given twice, the last one counts.
 SMALL_STEPS = ["--learning-rate", "2e-4", "--epochs", "3", "--batch-size", "64",
                "--grad-accum-steps", "2", "--min-word-freq", "5"]  # fmt: skip
+FINE_TUNED = [*SMALL_STEPS, "--fine-tune", "last"]
 SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
@@ -47,8 +48,7 @@ ROWS = {
     "attend": (["--inject", "attend", *REGULARIZED], None),
     "attend-crops": (["--inject", "attend", *REGULARIZED, *CROPS], None),
     "continued": (["--inject", "attend", *REGULARIZED, *SMALL_STEPS], "attend"),
-    "fine-tuned": (["--inject", "attend", *REGULARIZED, *SMALL_STEPS, "--fine-tune", "last"],
-                   "attend"),
+    "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
     "self-critical": (["--inject", "attend", *SELF_CRITICAL], "fine-tuned"),
     "ensemble": (None, "self-critical"),
 }
