@@ -113,7 +113,7 @@ def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
 
 
 class CropTransform:
-    """Same as `train_transform` with crops down to half of the image, fixed for each image.
+    """Same as `train_transform` with crops down to half of the image, always the same for an image.
 
     The crop depends on `seed` and on the name of the file alone, so that its features can be
     computed once and cached. The other arguments are those of `train_transform`.
