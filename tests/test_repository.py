@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "app": {"describe", "guard", "images", "model"},
     "losses": {"decoding", "layers", "vocabulary"},
     "constraints": {"metrics", "vocabulary"},
-    "ensemble": {"decoding", "layers", "model"},
+    "ensemble": {"decoding", "layers", "losses", "model"},
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "evaluate": {
         "coco", "constraints", "data_loader", "decoding", "distributed", "ensemble", "features",
