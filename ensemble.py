@@ -28,10 +28,14 @@ class Ensemble:
             raise ValueError("an ensemble needs at least one model")
         if any(model.vocab.words != self.models[0].vocab.words for model in self.models):
             raise ValueError("the models of an ensemble must have the same vocabulary")
-        self.vocab, self.device = self.models[0].vocab, self.models[0].device
+        self.vocab = self.models[0].vocab
         self.decoder = EnsembleDecoder(
             [model.decoder for model in self.models], [model.autocast for model in self.models]
         )
+
+    @property
+    def device(self):
+        return self.models[0].device
 
     @contextlib.contextmanager
     def inference(self):
