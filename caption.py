@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from coco import DataError
-from distributed import pick_device
+from captioning.base.distributed import pick_device
+from captioning.data.coco import DataError
+from captioning.data.images import without_normalization
 from evaluate import BATCH_SIZE, caption_files, find_images, image_id_of, write_results
-from images import without_normalization
 from model import CaptionModel
 
 MAX_STEM = 60  # characters of a photo's name in the name of its picture: file systems limit names
@@ -74,7 +74,7 @@ def save_map(folder, names, found, transform):
     """
     import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
 
-    from plots import attention_maps
+    from captioning.figures.plots import attention_maps
 
     stem = found.path.stem[:MAX_STEM]
     name, number = stem, 2
@@ -100,8 +100,11 @@ def run(args) -> int:
         raise DataError("there is nothing to caption: give photos, folders, or paths to -")
     check_outputs(args, paths)
     device = pick_device(args.device)
-    model = (CaptionModel.from_checkpoint(args.checkpoint, device) if args.checkpoint
-             else CaptionModel.pretrained(device))  # fmt: skip
+    model = (
+        CaptionModel.from_checkpoint(args.checkpoint, device)
+        if args.checkpoint
+        else CaptionModel.pretrained(device)
+    )
     print(f"model: {model.card['summary']}", file=sys.stderr)
     torch.manual_seed(args.seed)
     captions, map_names = [], names_in(args.maps, paths)
@@ -161,8 +164,12 @@ def write_json(path, captions):
 def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Caption photographs.")
     parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
-    parser.add_argument("--n", type=int, help="print the N best captions of each photo, with their "
-                        "scores (log-probability / length ** 0.7)")  # fmt: skip
+    parser.add_argument(
+        "--n",
+        type=int,
+        help="print the N best captions of each photo, with their "
+        "scores (log-probability / length ** 0.7)",
+    )
     parser.add_argument("--beam", type=int, help="beam size; default: 3, or --n if it is larger")
     parser.add_argument("--sample", action="store_true", help="sample words, without beam search")
     parser.add_argument("--temperature", type=float, help="of --sample; default: 1")

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from coco import CocoCaptions
-from files import atomic_write
-from vocabulary import END, PAD, START, TOKENIZER, Vocabulary, tokenize
+from captioning.base.files import atomic_write
+from captioning.base.tokens import END, PAD, START, TOKENIZER, tokenize
+from captioning.data.coco import CocoCaptions
+from vocabulary import Vocabulary
 
 # ---------------------------------------------------------------------------- tokenized captions
 
@@ -100,8 +101,9 @@ class ImageDataset(Dataset):
         `features` and in all of `crops`.
     """
 
-    def __init__(self, data: CocoCaptions, transform=None, features=None, random_view=False,
-                 crops=()):  # fmt: skip
+    def __init__(
+        self, data: CocoCaptions, transform=None, features=None, random_view=False, crops=()
+    ):
         self.data, self.transform, self.features = data, transform, features
         self.random_view, self.arrays = random_view, [features, *crops]
         self.indices = np.array(data.indices)
@@ -141,8 +143,17 @@ class CaptionDataset(ImageDataset):
     group_images: an image with several captions in a batch is loaded once, see `__getitems__`.
     """
 
-    def __init__(self, data, vocab, transform=None, features=None, cache_dir=None,
-                 group_images=False, random_view=False, crops=()):  # fmt: skip
+    def __init__(
+        self,
+        data,
+        vocab,
+        transform=None,
+        features=None,
+        cache_dir=None,
+        group_images=False,
+        random_view=False,
+        crops=(),
+    ):
         super().__init__(data, transform, features, random_view, crops)
         self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
         self.ends = np.cumsum(self.lengths)
@@ -234,9 +245,21 @@ class ImageGroupedSampler(BucketSampler):
 # ---------------------------------------------------------------------------- loaders
 
 
-def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, seed=0,
-                 num_workers=0, rank=0, world_size=1, cache_dir=None,
-                 group_images=False, crops=()):  # fmt: skip
+def train_loader(
+    data,
+    vocab,
+    *,
+    transform=None,
+    features=None,
+    batch_size=64,
+    seed=0,
+    num_workers=0,
+    rank=0,
+    world_size=1,
+    cache_dir=None,
+    group_images=False,
+    crops=(),
+):
     """(images, captions, lengths): every caption once, reshuffled in each epoch.
 
     Call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Each rank gets its part of every
@@ -256,8 +279,19 @@ def train_loader(data, vocab, *, transform=None, features=None, batch_size=64, s
     return _loader(dataset, batches, num_workers, seed)
 
 
-def val_loader(data, vocab, *, transform=None, features=None, batch_size=64, num_workers=0,
-               rank=0, world_size=1, cache_dir=None, group_images=False):  # fmt: skip
+def val_loader(
+    data,
+    vocab,
+    *,
+    transform=None,
+    features=None,
+    batch_size=64,
+    num_workers=0,
+    rank=0,
+    world_size=1,
+    cache_dir=None,
+    group_images=False,
+):
     """(images, captions, lengths): every caption once, in a fixed order of similar lengths.
 
     Each rank gets every `world_size`-th batch. With `group_images`, the order is that of the
@@ -271,8 +305,9 @@ def val_loader(data, vocab, *, transform=None, features=None, batch_size=64, num
     return _loader(dataset, batches, num_workers)
 
 
-def image_loader(data, *, transform=None, features=None, batch_size=64, num_workers=0, rank=0,
-                 world_size=1):  # fmt: skip
+def image_loader(
+    data, *, transform=None, features=None, batch_size=64, num_workers=0, rank=0, world_size=1
+):
     """(images, rows): every image once, in order; `data.captions[row]` are its references.
 
     Each rank gets every `world_size`-th image.
@@ -297,9 +332,13 @@ def get_loader(data, vocab=None, mode="train", **options):
 
 def _loader(dataset, batches, num_workers, seed=0):
     return DataLoader(
-        dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=identity_collate,
-        pin_memory=torch.cuda.is_available(), generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=identity_collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def identity_collate(batch):

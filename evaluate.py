@@ -21,11 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import decoding
-from coco import CocoCaptions, DataError
-from constraints import build_constraint
-from data_loader import image_loader, val_loader
-from distributed import (
+from captioning.base.distributed import (
     all_reduce_sum,
     gather,
     interleave,
@@ -33,15 +29,19 @@ from distributed import (
     rank_and_world_size,
     to_float64,
 )
-from ensemble import Ensemble
-from features import extract_features
-from files import write_text
-from images import BadImageError
-from layers import eval_mode
-from losses import TeacherForcing
-from metrics import caption_scores, diagnostics, perplexity, unk_rate
+from captioning.base.files import write_text
+from captioning.base.tokens import TOKENIZER, tokenize
+from captioning.data.coco import CocoCaptions, DataError
+from captioning.data.features import extract_features
+from captioning.data.images import BadImageError
+from captioning.decoding import search as decoding
+from captioning.decoding.constraints import build_constraint
+from captioning.decoding.ensemble import Ensemble
+from captioning.learning.losses import TeacherForcing
+from captioning.networks.layers import eval_mode
+from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
+from data_loader import image_loader, val_loader
 from model import CaptionModel
-from vocabulary import TOKENIZER, tokenize
 
 BATCH_SIZE = 32  # of the images in a folder
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -74,9 +74,10 @@ def caption_images(model, loader, beam_size=3, **options) -> list[str]:
     for batches in zip(*loaders, strict=True):
         images = [images for images, _ in batches]
         captions += model.decode(
-            model.generate(images if several else images[0], precomputed, beam_size=beam_size,
-                           **options)
-        )  # fmt: skip
+            model.generate(
+                images if several else images[0], precomputed, beam_size=beam_size, **options
+            )
+        )
     return captions
 
 
@@ -88,8 +89,9 @@ def caption_dataset(model, data, *, transform=None, features=None, **options) ->
     rank, world_size = rank_and_world_size()
 
     def loader(features):
-        return image_loader(data, transform=transform, features=features, rank=rank,
-                            world_size=world_size)  # fmt: skip
+        return image_loader(
+            data, transform=transform, features=features, rank=rank, world_size=world_size
+        )
 
     loaders = [loader(f) for f in features] if isinstance(features, list) else loader(features)
     return interleave(gather(caption_images(model, loaders, **options)))
@@ -101,10 +103,11 @@ def evaluate_captions(model, loader, training_captions=(), beam_size=3, **option
     loader: a `val_loader`, whose images are captioned too. All ranks get the same metrics.
     """
     return {
-        "images": len(loader.dataset.data), "beam_size": beam_size,
+        "images": len(loader.dataset.data),
+        "beam_size": beam_size,
         "perplexity": perplexity(*evaluate_loss(model, loader)),
         **score_captions(model, loader, training_captions, beam_size=beam_size, **options),
-    }  # fmt: skip
+    }
 
 
 def score_captions(model, loader, training_captions=(), **options) -> dict:
@@ -120,9 +123,10 @@ def score(candidates, data, vocab, training_captions=()) -> dict:
     """The scores of generated captions, one per image of `data`, and diagnostics."""
     scores, _ = caption_scores(candidates, data.captions, tokenize, TOKENIZER)
     return {
-        "unk_rate": unk_rate(data.all_captions, set(vocab.words), tokenize), **scores,
+        "unk_rate": unk_rate(data.all_captions, set(vocab.words), tokenize),
+        **scores,
         **diagnostics(candidates, training_captions, vocab.words, tokenize),
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------- image files
@@ -187,10 +191,12 @@ def find_images(folder) -> list[Path]:
     Raises DataError if there is none.
     """
     paths = sorted(
-        path for path in Path(folder).rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )  # fmt: skip
+    )
     if not paths:
         raise DataError(f"there is no image in {folder}; check the path")
     return paths
@@ -224,8 +230,10 @@ def decoding_options(args, vocab) -> dict:
 def run(args) -> dict | None:
     """Caption the images; returns the metrics if there are reference captions."""
     device = pick_device(args.device)
-    models = [CaptionModel.from_checkpoint(path, device, args.precision)
-              for path in [args.checkpoint, *args.ensemble]]  # fmt: skip
+    models = [
+        CaptionModel.from_checkpoint(path, device, args.precision)
+        for path in [args.checkpoint, *args.ensemble]
+    ]
     ensemble, options = Ensemble(models), decoding_options(args, models[0].vocab)
     if not args.captions:
         caption_folder(ensemble, args, options)
@@ -233,17 +241,25 @@ def run(args) -> dict | None:
     if args.n_best:
         raise ValueError("--n-best prints captions: it cannot be combined with --captions")
     data = CocoCaptions(args.images, args.captions)
-    arrays = [extract_features(m.encoder, data.paths, m.transform, args.cache_dir).features
-              for m in models]  # fmt: skip
+    arrays = [
+        extract_features(m.encoder, data.paths, m.transform, args.cache_dir).features
+        for m in models
+    ]
     candidates = caption_dataset(ensemble, data, features=arrays, **options)
     if args.results:
         write_results(args.results, data.image_ids, candidates)
     metrics = {"images": len(data), "models": len(models)}
     metrics |= {k: v for k, v in options.items() if k not in ("n_best", "constraint")}
-    metrics |= {"ban_bad_endings": args.ban_bad_endings,
-                "ban_repeated_phrases": args.ban_repeated_phrases}  # fmt: skip
-    loaders = [val_loader(data, ensemble.vocab, features=features, cache_dir=args.cache_dir,
-                          group_images=True) for features in arrays]  # fmt: skip
+    metrics |= {
+        "ban_bad_endings": args.ban_bad_endings,
+        "ban_repeated_phrases": args.ban_repeated_phrases,
+    }
+    loaders = [
+        val_loader(
+            data, ensemble.vocab, features=features, cache_dir=args.cache_dir, group_images=True
+        )
+        for features in arrays
+    ]
     metrics["perplexity"] = perplexity(*ensemble.evaluate_loss(loaders))
     return metrics | score(candidates, data, models[0].vocab)
 
@@ -276,8 +292,9 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser.add_argument("--length-penalty", type=float, default=decoding.LENGTH_PENALTY)
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: sample words")
     parser.add_argument("--ban-bad-endings", action="store_true", help='such as "a man with a"')
-    parser.add_argument("--ban-repeated-phrases", action="store_true",
-                        help='such as "a man and a man"')  # fmt: skip
+    parser.add_argument(
+        "--ban-repeated-phrases", action="store_true", help='such as "a man and a man"'
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", help="auto, float32 or bfloat16; default: the checkpoint's")
     parser.add_argument("--cache-dir", default="runs/cache", help="folder for features")

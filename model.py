@@ -19,21 +19,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-import decoding
-from attention import AttentionDecoder
-from backbones import input_settings
-from card import NOT_RECORDED, card_of
-from checkpoint import config_and_words, load_safely
-from config import ModelConfig
-from distributed import autocast, resolve_precision
-from encoder import EncoderCNN
-from images import eval_transform
-from layers import Dropout, eval_mode
-from vocabulary import PAD, Vocabulary
+from captioning.base.distributed import autocast, resolve_precision
+from captioning.base.tokens import PAD
+from captioning.data.images import eval_transform
+from captioning.decoding import search as decoding
+from captioning.learning.card import NOT_RECORDED, card_of
+from captioning.learning.checkpoint import config_and_words, load_safely
+from captioning.learning.options import ModelConfig
+from captioning.networks.attention import AttentionDecoder
+from captioning.networks.backbones import input_settings
+from captioning.networks.encoder import EncoderCNN
+from captioning.networks.layers import Dropout, eval_mode
+from vocabulary import Vocabulary
 
 INJECT_MODES = ("pre", "par", "init")  # of `DecoderRNN`
 DEFAULTS = ModelConfig
-PRETRAINED = Path(__file__).with_name("photo_captioner.pt")  # trained on photographs
+PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"  # trained on photographs
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -52,8 +53,15 @@ class DecoderRNN(nn.Module):
     and `<end>` is predicted, and `<start>` never is.
     """
 
-    def __init__(self, embed_size, hidden_size, vocab_size, num_layers=DEFAULTS.num_layers,
-                 dropout=DEFAULTS.dropout, inject=DEFAULTS.inject):  # fmt: skip
+    def __init__(
+        self,
+        embed_size,
+        hidden_size,
+        vocab_size,
+        num_layers=DEFAULTS.num_layers,
+        dropout=DEFAULTS.dropout,
+        inject=DEFAULTS.inject,
+    ):
         super().__init__()
         if inject not in INJECT_MODES:
             raise ValueError(f"unknown inject mode {inject!r}; choose from {INJECT_MODES}")
@@ -142,9 +150,18 @@ class CaptionModel(nn.Module):
         self.card = dict(NOT_RECORDED)
         self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
-            c.embed_size, c.backbone, weights, c.fine_tune, c.image_size, c.flip, c.no_image,
-            c.precision, c.image_norm, c.feature_dropout, pooled=c.inject != "attend",
-        )  # fmt: skip
+            c.embed_size,
+            c.backbone,
+            weights,
+            c.fine_tune,
+            c.image_size,
+            c.flip,
+            c.no_image,
+            c.precision,
+            c.image_norm,
+            c.feature_dropout,
+            pooled=c.inject != "attend",
+        )
         sizes = c.embed_size, c.hidden_size, len(self.vocab)
         if c.inject == "attend":
             self.decoder = AttentionDecoder(*sizes, c.dropout, c.num_heads)
@@ -154,9 +171,11 @@ class CaptionModel(nn.Module):
     def checkpoint(self) -> dict:
         """What `from_checkpoint` needs: config, words and weights; and the model card."""
         return {
-            "config": asdict(self.config), "words": self.vocab.words, "model": self.state_dict(),
+            "config": asdict(self.config),
+            "words": self.vocab.words,
+            "model": self.state_dict(),
             "card": self.card,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_checkpoint(cls, path, device="cpu", precision=None):
@@ -232,8 +251,9 @@ class CaptionModel(nn.Module):
         """Several results of `preprocess` as one batch."""
         return torch.cat(batches)
 
-    def caption(self, images, beam_size=None, max_len=20, batch_size=32, return_attention=False,
-                **options) -> list:  # fmt: skip
+    def caption(
+        self, images, beam_size=None, max_len=20, batch_size=32, return_attention=False, **options
+    ) -> list:
         """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.
 
         `options` are those of `decoding.generate`; the beam size is 3 unless a temperature is

@@ -22,9 +22,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import best_epoch, lock_run_dir, prepare_run_dir, save_run, stop_on_sigterm
-from config import parse_args
-from distributed import (
+from captioning.base.distributed import (
     all_reduce_sum,
     barrier,
     broadcast_buffers,
@@ -35,11 +33,19 @@ from distributed import (
     show_progress,
     to_float64,
 )
+from captioning.base.files import write_text
+from captioning.learning.checkpoint import (
+    best_epoch,
+    lock_run_dir,
+    prepare_run_dir,
+    save_run,
+    stop_on_sigterm,
+)
+from captioning.learning.options import parse_args
+from captioning.learning.run import Run, build_run
+from captioning.scoring.metrics import perplexity
 from evaluate import evaluate_captions, evaluate_loss, score_captions
-from files import write_text
-from metrics import perplexity
 from model import CaptionModel
-from run import Run, build_run
 
 # ---------------------------------------------------------------------------- one epoch
 
@@ -57,9 +63,17 @@ def train_one_epoch(run: Run, after_update):
     loader.generator.manual_seed(hash((config.seed, epoch, progress.step, rank_and_world_size())))
     run.optimizer.zero_grad()
     targets, start = 0, time.perf_counter() - progress.seconds
-    bar = tqdm(loader, f"epoch {epoch + 1}/{config.epochs}", initial=progress.step, total=steps,
-               unit="batch", leave=False, file=sys.stdout, mininterval=1,
-               disable=not show_progress())  # fmt: skip
+    bar = tqdm(
+        loader,
+        f"epoch {epoch + 1}/{config.epochs}",
+        initial=progress.step,
+        total=steps,
+        unit="batch",
+        leave=False,
+        file=sys.stdout,
+        mininterval=1,
+        disable=not show_progress(),
+    )
     for batch in bar:
         loss, tokens, *rewards = run.loss(*batch)
         loss.backward()  # gradients are summed over the batches of an update
@@ -128,8 +142,9 @@ def training_results(run: Run) -> dict:
     return {
         "epoch": progress.epoch + 1,
         **training_means(all_reduce_sum(progress.totals)),
-        "captions_per_second": round(captions / seconds, 1), "seconds": round(seconds, 1),
-    }  # fmt: skip
+        "captions_per_second": round(captions / seconds, 1),
+        "seconds": round(seconds, 1),
+    }
 
 
 def end_epoch(run: Run, training: dict):
@@ -153,9 +168,10 @@ def validate(run: Run) -> dict:
     if run.config.best_by == "cider":
         metrics = score_captions(run.model, run.val_loader)
         results |= {
-            "val_cider": metrics["CIDEr-D"], "val_distinct": metrics["distinct"],
+            "val_cider": metrics["CIDEr-D"],
+            "val_distinct": metrics["distinct"],
             "val_bad_endings": metrics["bad endings"],
-        }  # fmt: skip
+        }
     return results
 
 
@@ -236,12 +252,17 @@ def check_finite(value):
 def describe_epoch(line) -> str:
     """A line of the history as text; epoch 0 has no training results."""
     parts = {
-        "epoch": "epoch {:3d}", "train_loss": "train loss {:.3f}",
-        "train_perplexity": "perplexity {:.2f}", "train_reward": "reward {:.3f}",
-        "val_loss": "val loss {:.3f}", "val_perplexity": "perplexity {:.2f}",
-        "val_cider": "CIDEr-D {:.3f}", "val_distinct": "distinct {:.1%}",
-        "val_bad_endings": "bad endings {:.1%}", "captions_per_second": "{:.0f} captions/s",
-    }  # fmt: skip
+        "epoch": "epoch {:3d}",
+        "train_loss": "train loss {:.3f}",
+        "train_perplexity": "perplexity {:.2f}",
+        "train_reward": "reward {:.3f}",
+        "val_loss": "val loss {:.3f}",
+        "val_perplexity": "perplexity {:.2f}",
+        "val_cider": "CIDEr-D {:.3f}",
+        "val_distinct": "distinct {:.1%}",
+        "val_bad_endings": "bad endings {:.1%}",
+        "captions_per_second": "{:.0f} captions/s",
+    }
     return "  ".join(text.format(line[name]) for name, text in parts.items() if name in line)
 
 

@@ -149,9 +149,13 @@ def training_rows(setting, seconds):
         rows.append(
             compare_with_peak(setting, stage, seconds, lambda n, run=run: training_flops(run, n))
         )
-    return [*rows, compare(setting, "training step, cached", seconds),
-            attend_row(setting, seconds, rows[0]), reward_row(setting),
-            padding_row(training_run(setting))]  # fmt: skip
+    return [
+        *rows,
+        compare(setting, "training step, cached", seconds),
+        attend_row(setting, seconds, rows[0]),
+        reward_row(setting),
+        padding_row(training_run(setting)),
+    ]
 
 
 def attend_row(setting, seconds, par):
@@ -170,8 +174,12 @@ def attend_row(setting, seconds, par):
 
 def reward_row(setting):
     progress("self-critical step")
-    return make_row("reward, of a self-critical step", "%", 100 * reward_share(setting),
-                    note="attend, five samples of 20 words per image")  # fmt: skip
+    return make_row(
+        "reward, of a self-critical step",
+        "%",
+        100 * reward_share(setting),
+        note="attend, five samples of 20 words per image",
+    )
 
 
 # ---------------------------------------------------------------------------- the whole run
@@ -190,18 +198,32 @@ def whole_runs(setting, rows):
     for stage in ("feature extraction", "feature extraction, int8"):
         if stage in rate:
             ours = minutes("ours", images / rate[stage]["ours"])
-            runs.append(make_row(
-                f"whole run, {EPOCHS} epochs{stage.removeprefix('feature extraction')}", "minutes",
-                ours, other, other / ours, rate["training step"]["precision"],
-                note=f"extrapolated: {images:,} images, {captions:,} captions",
-            ))  # fmt: skip
+            runs.append(
+                make_row(
+                    f"whole run, {EPOCHS} epochs{stage.removeprefix('feature extraction')}",
+                    "minutes",
+                    ours,
+                    other,
+                    other / ours,
+                    rate["training step"]["precision"],
+                    note=f"extrapolated: {images:,} images, {captions:,} captions",
+                )
+            )
     cached = captions / rate["vocabulary, first start"]["classic"]
     cached += images / rate["feature extraction"]["classic"]
     cached += EPOCHS * captions / rate["training step, cached"]["classic"]
     ours = runs[0]["ours"]
-    runs.append(make_row("whole run, classic loop with cached features", "minutes", ours,
-                         cached / 60, cached / 60 / ours, runs[0]["precision"],
-                         note="what caching alone would bring"))  # fmt: skip
+    runs.append(
+        make_row(
+            "whole run, classic loop with cached features",
+            "minutes",
+            ours,
+            cached / 60,
+            cached / 60 / ours,
+            runs[0]["precision"],
+            note="what caching alone would bring",
+        )
+    )
     return runs
 
 
@@ -211,8 +233,12 @@ def scaling(setting, sizes, seconds, extraction_rate):
     The vocabulary is built. Feature extraction follows from the rate measured before, an epoch from
     a few batches of that size's own loader, decoding from 128 of its images.
     """
-    costs = {"vocabulary": [], "feature extraction (estimated)": [],
-             "one epoch (extrapolated)": [], "beam 3 decoding (extrapolated)": []}  # fmt: skip
+    costs = {
+        "vocabulary": [],
+        "feature extraction (estimated)": [],
+        "one epoch (extrapolated)": [],
+        "beam 3 decoding (extrapolated)": [],
+    }
     for size in sizes:
         progress(f"scaling: {size:,} images")
         file = Path(setting.folder) / f"captions-{size}.json"
@@ -238,11 +264,14 @@ def machine():
     with contextlib.suppress(OSError, TypeError):
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     return {
-        "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(), **{name: version(name) for name in PACKAGES},
-    }  # fmt: skip
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
 
 
 def describe(report):
@@ -268,8 +297,16 @@ def table(rows):
 def cells(row):
     ratio = f"{number(row['ratio'])}x" if row["ratio"] else ""
     fraction = f"{row['of_limit']:.0%}" if row["of_limit"] else ""
-    return (row["stage"], row["precision"] or "", number(row["ours"]), number(row["classic"]),
-            row["unit"], ratio, fraction, row["note"])  # fmt: skip
+    return (
+        row["stage"],
+        row["precision"] or "",
+        number(row["ours"]),
+        number(row["classic"]),
+        row["unit"],
+        ratio,
+        fraction,
+        row["note"],
+    )
 
 
 def number(value):
@@ -282,7 +319,7 @@ def plot_scaling(costs, path):
     matplotlib.use("Agg")  # renders to a file, without a display
     import matplotlib.pyplot as plt
 
-    from plots import curves
+    from captioning.figures.plots import curves
 
     ax = plt.subplots(figsize=(9, 4), layout="constrained")[1]
     curves(costs["seconds"], ax, xlabel="images", ylabel="seconds", x=costs["images"])

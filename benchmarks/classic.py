@@ -20,19 +20,21 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from backbones import build_backbone
+from captioning.networks.backbones import build_backbone
 from vocabulary import END, PAD, START, UNK
 
 
 def transform():
     """Path -> (3, 224, 224)."""
-    return transforms.Compose([
-        transforms.Lambda(open_image),
-        transforms.Resize(256),
-        transforms.RandomCrop(224),
-        transforms.ToTensor(),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ])  # fmt: skip
+    return transforms.Compose(
+        [
+            transforms.Lambda(open_image),
+            transforms.Resize(256),
+            transforms.RandomCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
 
 
 def open_image(path):
@@ -73,8 +75,16 @@ class Decoder(nn.Module):
 class ClassicLoop:
     """Training as it is usually written; `paths` and `captions` have one entry per caption."""
 
-    def __init__(self, paths, captions, backbone="resnet50", device="cpu", embed_size=512,
-                 hidden_size=512, batch_size=64):  # fmt: skip
+    def __init__(
+        self,
+        paths,
+        captions,
+        backbone="resnet50",
+        device="cpu",
+        embed_size=512,
+        hidden_size=512,
+        batch_size=64,
+    ):
         self.paths, self.device, self.batch_size = paths, torch.device(device), batch_size
         vocab_size, self.ids = tokenize(captions)
         self.transform, self.rng = transform(), np.random.default_rng(0)

@@ -15,7 +15,7 @@ from random_data import write_random_captions
 from setting import cache_random_features, train_config
 from stages import train_last_batches
 
-import run as run_module
+from captioning.learning import run as run_module
 
 COCO = {"images": 123_287, "captions": 616_767, "words": 10_000}
 PHASES = ("CocoCaptions", "tokenize_all", "CaptionModel", "extract_features", "train_loader")
@@ -54,12 +54,22 @@ def coco_run(setting, steps):
         make_row("first optimizer step", "s", ready - built, precision=run.precision),
         make_row("start to first step, in total", "s", ready, note=f"{captions:,} captions"),
         make_row("peak memory by then", "MB", memory),
-        make_row("training", "captions/s", rate, precision=run.precision,
-                 note=f"{steps:,} of {epoch:,} batches, {seconds:.0f} s"),
-        make_row("one epoch", "minutes", captions / rate / 60, precision=run.precision,
-                 note="measured" if steps == epoch else "extrapolated"),
+        make_row(
+            "training",
+            "captions/s",
+            rate,
+            precision=run.precision,
+            note=f"{steps:,} of {epoch:,} batches, {seconds:.0f} s",
+        ),
+        make_row(
+            "one epoch",
+            "minutes",
+            captions / rate / 60,
+            precision=run.precision,
+            note="measured" if steps == epoch else "extrapolated",
+        ),
         make_row("peak memory", "MB", peak_memory()),
-    ]  # fmt: skip
+    ]
     if torch.cuda.is_available():
         rows.append(
             make_row("peak memory of the GPU", "MB", torch.cuda.max_memory_allocated() / 2**20)

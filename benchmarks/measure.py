@@ -19,7 +19,7 @@ from setting import Work, encoder
 from stages import STAGES
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed import PRECISIONS, resolve_precision
+from captioning.base.distributed import PRECISIONS, resolve_precision
 
 BEGIN = time.perf_counter()
 IN_MEMORY = ("feature extraction", "training step", "beam 3 decoding")  # stages in `memory_rows`
@@ -32,9 +32,15 @@ def progress(text):
 def make_row(stage, unit, ours, classic=None, ratio=None, precision=None, of_limit=None, note=""):
     """A row of the table. precision: of this project's side. of_limit: a fraction."""
     return {
-        "stage": stage, "precision": precision, "unit": unit, "ours": ours, "classic": classic,
-        "ratio": ratio, "of_limit": of_limit, "note": note,
-    }  # fmt: skip
+        "stage": stage,
+        "precision": precision,
+        "unit": unit,
+        "ours": ours,
+        "classic": classic,
+        "ratio": ratio,
+        "of_limit": of_limit,
+        "note": note,
+    }
 
 
 # ---------------------------------------------------------------------------- rates
@@ -82,12 +88,19 @@ def compare(setting, stage, seconds, rounds=5, limit=None):
         rates.append([ours, timed(works[1].run, counts[1], setting.device)[0]])
     ours, other = (median(side) for side in zip(*rates, strict=True))
     row = make_row(
-        stage, f"{STAGES[stage].items}/s", ours, other,
-        median(mine / others for mine, others in rates), precision_of(setting, stage),
-    )  # fmt: skip
+        stage,
+        f"{STAGES[stage].items}/s",
+        ours,
+        other,
+        median(mine / others for mine, others in rates),
+        precision_of(setting, stage),
+    )
     return row | {
-        "first_round": first, "units_per_round": counts, "rounds": rates, "limits": limits,
-    }  # fmt: skip
+        "first_round": first,
+        "units_per_round": counts,
+        "rounds": rates,
+        "limits": limits,
+    }
 
 
 def classic_work(setting, stage):
@@ -213,10 +226,12 @@ def padding_row(run):
     sampler.set_epoch(0)
     positions = sum(len(batch) * (lengths[batch].max() - 1) for batch in sampler)
     return make_row(
-        "padding among targets", "%", float(100 * (1 - (lengths - 1).sum() / positions)),
+        "padding among targets",
+        "%",
+        float(100 * (1 - (lengths - 1).sum() / positions)),
         float(100 * classic.padding(lengths, run.config.batch_size)),
         note="in the LSTM; the projection and the loss of this project have none",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------- memory
@@ -283,6 +298,14 @@ def memory_rows(setting):
         if ours["gpu_mb"]:
             kind, note = "gpu_mb", f"of the GPU; of the process {ours['memory_mb']:.0f} MB"
         precision = precision_of(setting, stage)
-        rows.append(make_row(f"peak memory: {stage}", "MB", ours[kind], other[kind],
-                             precision=precision, note=note))  # fmt: skip
+        rows.append(
+            make_row(
+                f"peak memory: {stage}",
+                "MB",
+                ours[kind],
+                other[kind],
+                precision=precision,
+                note=note,
+            )
+        )
     return rows

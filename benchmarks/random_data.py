@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import coco
-from features import SHARD_SIZE, write_shard
+from captioning.data import coco
+from captioning.data.features import SHARD_SIZE, write_shard
 from vocabulary import END
 
 CONSONANTS, VOWELS = "bdfghjklmnprstv", "aeiou"

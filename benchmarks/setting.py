@@ -18,12 +18,12 @@ import classic
 import torch
 from random_data import end_at_length, write_random_captions, write_random_features
 
-from coco import CocoCaptions
-from config import TrainConfig
-from distributed import pick_device
-from features import fingerprint
+from captioning.base.distributed import pick_device
+from captioning.data.coco import CocoCaptions
+from captioning.data.features import fingerprint
+from captioning.learning.options import TrainConfig
+from captioning.learning.run import build_model, build_run
 from model import CaptionModel, EncoderCNN
-from run import build_model, build_run
 
 SIZES = {"embed_size": TrainConfig.embed_size, "hidden_size": TrainConfig.hidden_size}
 
@@ -86,11 +86,18 @@ def train_config(setting, precision="auto"):
     if not validation.exists():
         write_random_captions(validation, images=100)
     return TrainConfig(
-        train_images=setting.images, train_captions=setting.captions, val_images=setting.images,
-        val_captions=str(validation), out=str(Path(setting.folder) / "run"),
-        cache_dir=setting.folder, backbone=setting.backbone, weights=setting.weights,
-        batch_size=setting.batch_size, precision=precision, inject=setting.inject,
-    )  # fmt: skip
+        train_images=setting.images,
+        train_captions=setting.captions,
+        val_images=setting.images,
+        val_captions=str(validation),
+        out=str(Path(setting.folder) / "run"),
+        cache_dir=setting.folder,
+        backbone=setting.backbone,
+        weights=setting.weights,
+        batch_size=setting.batch_size,
+        precision=precision,
+        inject=setting.inject,
+    )
 
 
 def cache_random_features(config):
@@ -137,6 +144,10 @@ def classic_loop(setting):
     pairs = zip(data(setting).paths, data(setting).captions, strict=True)
     paths = [path for path, captions in pairs for _ in captions]
     return classic.ClassicLoop(
-        paths, data(setting).all_captions, setting.backbone, setting.device, **SIZES,
+        paths,
+        data(setting).all_captions,
+        setting.backbone,
+        setting.device,
+        **SIZES,
         batch_size=setting.batch_size,
-    )  # fmt: skip
+    )

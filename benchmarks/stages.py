@@ -33,18 +33,18 @@ from setting import (
 )
 from torchvision.models import list_models, quantization
 
-from data_loader import image_loader, tokenize_all
-from evaluate import caption_images
-from features import (
+from captioning.data.features import (
     default_batch_size,
     extract_features,
     forward_batch,
     optimized_for_inference,
     reuse_freed_memory,
 )
-from images import eval_transform
-from losses import SelfCritical
-from rewards import CiderD
+from captioning.data.images import eval_transform
+from captioning.learning.losses import SelfCritical
+from captioning.learning.reward import CiderD
+from data_loader import image_loader, tokenize_all
+from evaluate import caption_images
 from train import train_one_epoch
 from vocabulary import Vocabulary
 

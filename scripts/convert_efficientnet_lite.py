@@ -20,8 +20,8 @@ import torch
 # The modules are one folder up, which is not on the path of `python scripts/...`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import load_safely
-from files import atomic_write
+from captioning.base.files import atomic_write
+from captioning.learning.checkpoint import load_safely
 
 
 def convert(state: dict, variant: int) -> dict:

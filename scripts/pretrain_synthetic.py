@@ -27,9 +27,9 @@ from torchvision.models import mobilenet_v3_small
 # The modules are one folder up, which is not on the path of `python scripts/...`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-from images import IMAGENET_MEAN, IMAGENET_STD
-from synthetic import BACKGROUNDS, COLOURS, OBJECTS, Scene, random_scene, render
+from captioning.data.images import IMAGENET_MEAN, IMAGENET_STD
+from captioning.learning import checkpoint
+from captioning.scenes.synthetic import BACKGROUNDS, COLOURS, OBJECTS, Scene, random_scene, render
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = list(product(COLOURS, OBJECTS))

@@ -29,15 +29,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import train
-from files import write_text
+from captioning.base.files import write_text
 
 BEAM_SIZE = 5
-REGULARIZED = ["--num-heads", "8", "--dropout", "0.5", "--feature-dropout", "0.5",
-               "--label-smoothing", "0.1", "--epochs", "12", "--best-by", "cider"]  # fmt: skip
+REGULARIZED = [
+    "--num-heads",
+    "8",
+    "--dropout",
+    "0.5",
+    "--feature-dropout",
+    "0.5",
+    "--label-smoothing",
+    "0.1",
+    "--epochs",
+    "12",
+    "--best-by",
+    "cider",
+]
 CROPS = ["--crops", "3", "--epochs", "16"]
 # Small steps from a converged model. Of an option given twice, the last one counts.
-SMALL_STEPS = ["--learning-rate", "2e-4", "--epochs", "3", "--batch-size", "64",
-               "--grad-accum-steps", "2", "--min-word-freq", "5"]  # fmt: skip
+SMALL_STEPS = [
+    "--learning-rate",
+    "2e-4",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "64",
+    "--grad-accum-steps",
+    "2",
+    "--min-word-freq",
+    "5",
+]
 FINE_TUNED = [*SMALL_STEPS, "--fine-tune", "last"]
 SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
 # Row: options of train.py, and the row whose model it starts from.
@@ -52,8 +74,13 @@ ROWS = {
     "self-critical": (["--inject", "attend", *SELF_CRITICAL], "fine-tuned"),
     "ensemble": (None, "self-critical"),
 }
-COLUMNS = {"perplexity": "{:.2f}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.3f}", "distinct": "{:.0%}",
-           "minutes": "{:.0f}"}  # fmt: skip
+COLUMNS = {
+    "perplexity": "{:.2f}",
+    "BLEU-4": "{:.1%}",
+    "CIDEr-D": "{:.3f}",
+    "distinct": "{:.0%}",
+    "minutes": "{:.0f}",
+}
 
 
 def run_folder(args, encoder, row, seed) -> Path:
@@ -75,8 +102,17 @@ def train_command(args, encoder, row, seed) -> list[str]:
 def evaluate_command(args, checkpoints) -> list[str]:
     """The arguments of evaluate.py for one checkpoint, or for the ensemble of several."""
     ensemble = ["--ensemble", *map(str, checkpoints[1:])] if checkpoints[1:] else []
-    return [str(checkpoints[0]), args.data["val_images"], "--captions", args.data["val_captions"],
-            "--cache-dir", args.cache_dir, "--beam-size", str(BEAM_SIZE), *ensemble]  # fmt: skip
+    return [
+        str(checkpoints[0]),
+        args.data["val_images"],
+        "--captions",
+        args.data["val_captions"],
+        "--cache-dir",
+        args.cache_dir,
+        "--beam-size",
+        str(BEAM_SIZE),
+        *ensemble,
+    ]
 
 
 def all_options(row) -> list[str]:

@@ -64,9 +64,13 @@ def make_client(name, parameters) -> NotebookClient:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = override(cell.source, parameters)
     return NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": ROOT}},
-        coalesce_streams=True, extra_arguments=["--log-level=40"],  # errors only
-    )  # fmt: skip
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        resources={"metadata": {"path": ROOT}},
+        coalesce_streams=True,
+        extra_arguments=["--log-level=40"],  # errors only
+    )
 
 
 async def start_kernel(client):
@@ -204,8 +208,9 @@ def main() -> int:
     # such as the next kernel; threads that never do halve the speed of a small model.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     start = time.perf_counter()
-    with tqdm(bar_format="{desc} [{elapsed}]", disable=not sys.stdout.isatty(),
-              file=sys.stdout) as bar:  # fmt: skip
+    with tqdm(
+        bar_format="{desc} [{elapsed}]", disable=not sys.stdout.isatty(), file=sys.stdout
+    ) as bar:
         bar.set_description_str("starting a kernel")
         try:
             asyncio.run(execute_all(parameters, out, bar.set_description_str))

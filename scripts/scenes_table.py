@@ -18,24 +18,30 @@ from results_table import format_cells
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from coco import CocoCaptions
-from config import config_for
+from captioning.data.coco import CocoCaptions
+from captioning.data.features import extract_features
+from captioning.data.splits import find_splits
+from captioning.learning.options import config_for
+from captioning.learning.run import build_run
+from captioning.networks.layers import eval_mode
+from captioning.scenes.synthetic import attention_on_things, generate_scenes, is_wrong
 from data_loader import image_loader
 from evaluate import caption_dataset, score
-from features import extract_features
-from layers import eval_mode
 from model import CaptionModel
-from run import build_run
-from splits import find_splits
-from synthetic import attention_on_things, generate_scenes, is_wrong
 from train import fit
 
 # The CNN of the scenes was trained with images of 96 pixels, whose last map has only 3 x 3
 # positions. With larger images the map is finer, but the features are worse.
 ROWS = {"par": {}, "attend": {"inject": "attend", "image_size": 128}}
-COLUMNS = {"exactly right": "{:.1%}", "BLEU-4": "{:.1%}", "CIDEr-D": "{:.2f}",
-           "val perplexity": "{:.3f}", "attention": "{:.1%}", "untrained": "{:.1%}",
-           "uniform": "{:.1%}"}  # fmt: skip
+COLUMNS = {
+    "exactly right": "{:.1%}",
+    "BLEU-4": "{:.1%}",
+    "CIDEr-D": "{:.2f}",
+    "val perplexity": "{:.3f}",
+    "attention": "{:.1%}",
+    "untrained": "{:.1%}",
+    "uniform": "{:.1%}",
+}
 
 
 def attention_shares(model, data, features) -> np.ndarray:
@@ -62,8 +68,15 @@ def attention_shares(model, data, features) -> np.ndarray:
 def result(args, row, seed) -> dict:
     """The values of COLUMNS for a run, which is trained."""
     splits = find_splits("synthetic", args.data)
-    config = config_for("synthetic", splits, f"{args.out}/{row}-{seed}", **ROWS[row], seed=seed,
-                        cache_dir=args.cache_dir, overwrite=True)  # fmt: skip
+    config = config_for(
+        "synthetic",
+        splits,
+        f"{args.out}/{row}-{seed}",
+        **ROWS[row],
+        seed=seed,
+        cache_dir=args.cache_dir,
+        overwrite=True,
+    )
     run, test = build_run(config), CocoCaptions(*splits["test"])
     extracted = extract_features(run.model.encoder, test.paths, run.model.transform, args.cache_dir)
     if row == "attend":
@@ -73,9 +86,10 @@ def result(args, row, seed) -> dict:
     captions = caption_dataset(model, test, features=extracted.features)
     right = [not is_wrong(c, true[0]) for c, true in zip(captions, test.captions, strict=True)]
     values = {
-        "exactly right": np.mean(right), **score(captions, test, model.vocab),
+        "exactly right": np.mean(right),
+        **score(captions, test, model.vocab),
         "val perplexity": min(line["val_perplexity"] for line in history),
-    }  # fmt: skip
+    }
     if row == "attend":
         trained, _ = attention_shares(model, test, extracted.features)
         values |= {"attention": trained, "untrained": untrained, "uniform": uniform}

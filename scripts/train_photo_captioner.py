@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from results_table import BEAM_SIZE, evaluate_command, result, run_folder
 
 import evaluate
-from checkpoint import export
+from captioning.learning.checkpoint import export
 
 ENCODER = "timm/tf_efficientnet_lite2"
 ROWS = ("attend", "fine-tuned", "self-critical")

@@ -17,8 +17,8 @@ import torchvision
 from hypothesis import settings
 from PIL import Image
 
-from config import TrainConfig
-from distributed import resolve_precision
+from captioning.base.distributed import resolve_precision
+from captioning.learning.options import TrainConfig
 
 settings.register_profile("patient", deadline=None)  # tests may be slow on a busy machine
 settings.load_profile("patient")

@@ -31,9 +31,9 @@ import torch
 from conftest import command_line, tiny_config, write_dataset
 from test_checkpoint import assert_same_result
 
-from checkpoint import load_safely
-from config import config_for
-from splits import find_splits
+from captioning.data.splits import find_splits
+from captioning.learning.checkpoint import load_safely
+from captioning.learning.options import config_for
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,8 +98,12 @@ def kill(folder, times=25):
     times_of_kill = np.random.default_rng(0).uniform(0, seconds, times)
     kept = []
     for number, delay in enumerate(times_of_kill):
-        run = replace(config, out=str(folder / f"{number}"), resume=True,
-                      cache_dir=str(folder / f"{number}-cache"))  # fmt: skip
+        run = replace(
+            config,
+            out=str(folder / f"{number}"),
+            resume=True,
+            cache_dir=str(folder / f"{number}-cache"),
+        )
         process = start(run)
         process.join(delay)
         process.kill()
@@ -109,10 +113,11 @@ def kill(folder, times=25):
         assert status == 0, log
         assert_same_result(run.out, config.out)
     return (
-        f"SIGKILL at a random time in a run of {seconds:.1f} s, then `--resume`", times,
+        f"SIGKILL at a random time in a run of {seconds:.1f} s, then `--resume`",
+        times,
         f"all {times} ended bit-identical to the uninterrupted run; all files were complete "
         f"({sum(map(bool, kept))} of the kills came after the first file)",
-    )  # fmt: skip
+    )
 
 
 def terminate(folder, times=10):
@@ -133,10 +138,11 @@ def terminate(folder, times=10):
         assert finish(run)[0] == 0
         assert_same_result(run.out, config.out)
     return (
-        "SIGTERM at evenly spaced times, then `--resume`", times,
+        "SIGTERM at evenly spaced times, then `--resume`",
+        times,
         f"all {times} ended bit-identical; {saved} arrived during training, which was saved, "
         "the others before or after it",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------- a full disk
@@ -164,8 +170,7 @@ def disk(folder):
     stopped = fits = 0
     for number, room in enumerate(np.linspace(8, 1.7 * size, 16).astype(int)):
         disk = folder / f"disk-{number}"
-        run = replace(config, out=str(disk / "out"), cache_dir=str(disk / "cache"),
-                      resume=True)  # fmt: skip
+        run = replace(config, out=str(disk / "out"), cache_dir=str(disk / "cache"), resume=True)
         with small_disk(disk, room):
             log = folder / f"disk-{number}.txt"
             status, output, _ = finish(run, log)  # the log is not on the full disk
@@ -186,7 +191,7 @@ def disk(folder):
         stopped + fits,
         f"{stopped} stopped with one sentence, files intact, none partially written; with more "
         f"space, `--resume` ended bit-identical; {fits} were large enough",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------- two nodes
@@ -234,8 +239,13 @@ def torchrun(node, config, log, restarts=0):
         --max-restarts {restarts} --rdzv-id captions --rdzv-backend c10d
         --rdzv-endpoint 10.213.0.1:29500 --rdzv-conf is_host={host} --local-addr {address}
         train.py"""
-    return subprocess.Popen([*words.split(), *command_line(config)], cwd=ROOT, stdout=log,
-                            stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [*words.split(), *command_line(config)],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def both(nodes, config, folder, restarts=0, meanwhile=None):
@@ -280,8 +290,16 @@ def wait_for_worker(node):
 def network(folder, times=100):
     """Two nodes train; on alternating nodes the worker is killed at a random moment."""
     data = write_dataset(folder / "data")
-    config = tiny_config(data, epochs=10, patience=10, learning_rate=0.02, batch_size=4,
-                         dropout=0.0, save_every=4, resume=True)  # fmt: skip
+    config = tiny_config(
+        data,
+        epochs=10,
+        patience=10,
+        learning_rate=0.02,
+        batch_size=4,
+        dropout=0.0,
+        save_every=4,
+        resume=True,
+    )
     lifetime, waits, stages = [], [], Counter()
     with two_nodes() as nodes:
 
@@ -316,19 +334,21 @@ def network(folder, times=100):
     moments = ", ".join(f"{count} after {stage}" for stage, count in stages.most_common())
     return (
         "two nodes (network namespaces, `torchrun --nnodes 2 --max-restarts 3`), the worker on "
-        "alternating nodes killed at a random moment", times,
+        "alternating nodes killed at a random moment",
+        times,
         f"all {times} jobs ended, the slowest {max(waits):.0f} s after the kill, bit-identical to "
         f"an undisturbed one; kills: {moments}",
-    )  # fmt: skip
+    )
 
 
 def stage_of(run):
     """The last stage that a job has completed, judged by its files."""
     out, cache = Path(run.out), Path(run.cache_dir)
     for stage, files in (
-        ("the report", [out / "metrics.json"]), ("the first checkpoint", [out / "last.pt"]),
+        ("the report", [out / "metrics.json"]),
+        ("the first checkpoint", [out / "last.pt"]),
         ("feature extraction", list(cache.glob("features-*/*.npy"))),
-    ):  # fmt: skip
+    ):
         if any(file.exists() for file in files):
             return stage
     return "its start"
@@ -345,9 +365,10 @@ def failing_rank(folder):
         seconds = time.perf_counter() - begun
     assert 0 not in statuses and "there is no captions file" in logs[1], "\n".join(logs)
     return (
-        "two nodes, one of them without the captions file", 1,
+        "two nodes, one of them without the captions file",
+        1,
         f"both ended after {seconds:.0f} s, the failing one with its message; no hang",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------- a killed worker
@@ -370,9 +391,10 @@ def worker(folder):
     assert process.exitcode == 1 and "--num-workers" in log and "Traceback" not in log, log
     check_readable(config)
     return (
-        "a data-loader worker killed during training", 1,
+        "a data-loader worker killed during training",
+        1,
         "one sentence, status 1, checkpoints intact",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------- memory
@@ -382,9 +404,14 @@ def memory(folder, epochs=20):
     """Resident memory after each of 20 epochs on the synthetic scenes, and a figure of it."""
     splits = find_splits("synthetic", ROOT / "data/synthetic")
     config = config_for(
-        "synthetic", splits, folder / "out", epochs=epochs, patience=epochs,
-        weights=str(ROOT / "synthetic_encoder.pt"), cache_dir=str(folder / "cache"),
-    )  # fmt: skip
+        "synthetic",
+        splits,
+        folder / "out",
+        epochs=epochs,
+        patience=epochs,
+        weights=str(ROOT / "synthetic_encoder.pt"),
+        cache_dir=str(folder / "cache"),
+    )
     process = start(config)
     status, history, used = Path(f"/proc/{process.pid}/status"), Path(config.out), []
     while process.is_alive() and len(used) < epochs:
@@ -398,9 +425,10 @@ def memory(folder, epochs=20):
     growth = used[-1] - used[4]
     assert growth < 0.03 * used[4], f"memory grows: {used}"
     return (
-        f"{epochs} epochs on the synthetic scenes", 1,
+        f"{epochs} epochs on the synthetic scenes",
+        1,
         f"resident memory {used[4]:.0f} MB after epoch 5, {used[-1]:.0f} MB after epoch {epochs}",
-    )  # fmt: skip
+    )
 
 
 def plot_memory(used, path):

@@ -108,8 +108,9 @@ class NaiveAttentionDecoder(NaiveDecoder):
         return sigmoid(o) * np.tanh(c), c
 
     def init_state(self, image):
-        sizes = [self.weights[f"{n}.weight_hh_l0"].shape[1]
-                 for n in ("attention_lstm", "language_lstm")]  # fmt: skip
+        sizes = [
+            self.weights[f"{n}.weight_hh_l0"].shape[1] for n in ("attention_lstm", "language_lstm")
+        ]
         return [(np.zeros(size), np.zeros(size)) for size in sizes]
 
     def step(self, token, state, image):
@@ -199,12 +200,14 @@ def diverse_beam_search(language_model, groups, width, diversity, max_len, lengt
         counts = {}
         for group in range(groups):
             longer = [
-                (sum(log_probs) + log_prob - diversity * counts.get(token, 0),
-                 Hypothesis([*tokens, token], [*log_probs, log_prob]))
+                (
+                    sum(log_probs) + log_prob - diversity * counts.get(token, 0),
+                    Hypothesis([*tokens, token], [*log_probs, log_prob]),
+                )
                 for tokens, log_probs in beams[group]
                 for token, log_prob in enumerate(language_model(tokens))
                 if log_prob > -np.inf
-            ]  # fmt: skip
+            ]
             longer.sort(key=lambda pair: pair[0], reverse=True)
             if len(longer) > width:
                 margins.append(longer[width - 1][0] - longer[width][0])

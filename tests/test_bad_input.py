@@ -12,8 +12,8 @@ import torch
 from conftest import MakeFolder, command_line, flag, tiny_config
 from PIL import Image
 
+from captioning.data.splits import find_splits
 from model import EncoderCNN
-from splits import find_splits
 from train import main
 
 
@@ -64,9 +64,10 @@ def test_folder_as_captions_file(dataset, fails):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"],
+    "text",
+    [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"],
     ids=["empty", "text", "truncated", "deeply nested", "binary"],
-)  # fmt: skip
+)
 def test_captions_that_are_not_json(captions_file, fails, text):
     """A captions file that is not JSON is named."""
     captions_file.write_bytes(text)
@@ -252,15 +253,30 @@ def test_too_many_pixels(fails, monkeypatch, limit):
 @pytest.mark.parametrize(
     "option",
     [
-        {"backbone": "resnet51"}, {"weights": "IMAGENET1K_V9"}, {"weights": "no/such/weights.pt"},
-        {"device": "quantum"}, {"embed_size": 0}, {"hidden_size": -1}, {"num_layers": 0},
-        {"batch_size": 0}, {"epochs": 0}, {"dropout": 2.0}, {"seed": -1}, {"seed": 2**70},
-        {"weight_decay": float("nan")}, {"patience": -1}, {"save_every": -500}, {"num_workers": -2},
-        {"learning_rate": 0.0}, {"grad_clip": -1.0}, {"grad_accum_steps": 0},
-        {"init_from": "no/such/best.pt"}, {"crops": -1},
+        {"backbone": "resnet51"},
+        {"weights": "IMAGENET1K_V9"},
+        {"weights": "no/such/weights.pt"},
+        {"device": "quantum"},
+        {"embed_size": 0},
+        {"hidden_size": -1},
+        {"num_layers": 0},
+        {"batch_size": 0},
+        {"epochs": 0},
+        {"dropout": 2.0},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"weight_decay": float("nan")},
+        {"patience": -1},
+        {"save_every": -500},
+        {"num_workers": -2},
+        {"learning_rate": 0.0},
+        {"grad_clip": -1.0},
+        {"grad_accum_steps": 0},
+        {"init_from": "no/such/best.pt"},
+        {"crops": -1},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_invalid_options(fails, option):
     """An invalid option is an error that shows its value."""
     (value,) = option.values()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import CAPTIONS
 
-from coco import CocoCaptions
+from captioning.data.coco import CocoCaptions
+from captioning.data.images import eval_transform
+from captioning.learning.losses import TeacherForcing
 from data_loader import (
     BucketSampler,
     CaptionDataset,
@@ -17,8 +19,6 @@ from data_loader import (
     train_loader,
     val_loader,
 )
-from images import eval_transform
-from losses import TeacherForcing
 from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
@@ -166,10 +166,14 @@ def test_validation_has_a_fixed_order(data, vocab):
     order = [captions.tolist() for _, captions, _ in val_loader(data, vocab, transform=transform)]
     assert order == [c.tolist() for _, c, _ in val_loader(data, vocab, transform=transform)]
     whole, *parts = (
-        [c.tolist() for _, c, _ in val_loader(data, vocab, transform=transform, batch_size=4,
-                                              rank=rank, world_size=world_size)]
+        [
+            c.tolist()
+            for _, c, _ in val_loader(
+                data, vocab, transform=transform, batch_size=4, rank=rank, world_size=world_size
+            )
+        ]
         for rank, world_size in ((0, 1), (0, 2), (1, 2))
-    )  # fmt: skip
+    )
     assert [whole[0::2], whole[1::2]] == parts
 
 
@@ -199,8 +203,9 @@ def test_features_instead_of_images(data, vocab, mode, capsys):
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
 def test_grouped_images(data, vocab, batch_size):
     """With `group_images`, a batch has each image once, and the index of each caption's image."""
-    loader = train_loader(data, vocab, transform=transform, batch_size=batch_size,
-                          group_images=True)  # fmt: skip
+    loader = train_loader(
+        data, vocab, transform=transform, batch_size=batch_size, group_images=True
+    )
     found = Counter()
     for images, captions, lengths, image_index in loader:
         numbers = numbers_of(images, data)
@@ -216,15 +221,22 @@ def test_grouped_images(data, vocab, batch_size):
 def test_loss_of_grouped_images(data, vocab):
     """Grouping images changes neither the loss of an epoch nor its gradient."""
     torch.manual_seed(0)
-    config = ModelConfig(backbone="shufflenet_v2_x0_5", image_size=64, embed_size=8, hidden_size=8,
-                         dropout=0.0, precision="float32")  # fmt: skip
+    config = ModelConfig(
+        backbone="shufflenet_v2_x0_5",
+        image_size=64,
+        embed_size=8,
+        hidden_size=8,
+        dropout=0.0,
+        precision="float32",
+    )
     model = CaptionModel(vocab.words, config, weights=None)
     features = np.random.default_rng(0).normal(size=(12, 1, 1, model.encoder.feature_size))
     features = features.astype(np.float32)
     loss, results = TeacherForcing(model, precomputed=True), []
     for group_images in (False, True):
-        loader = train_loader(data, vocab, features=features, batch_size=5,
-                              group_images=group_images)  # fmt: skip
+        loader = train_loader(
+            data, vocab, features=features, batch_size=5, group_images=group_images
+        )
         nll, tokens = map(sum, zip(*(loss(*batch) for batch in loader), strict=True))
         weights = [model.encoder.linear.weight, model.decoder.embedding.weight]
         results.append([nll.detach(), tokens, *torch.autograd.grad(nll, weights)])

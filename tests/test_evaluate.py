@@ -11,11 +11,13 @@ import torch
 from conftest import calibrated_weights, tiny_config
 from pycocotools.coco import COCO
 
-from checkpoint import save
-from constraints import build_constraint
+from captioning.data.features import extract_features
+from captioning.decoding.constraints import build_constraint
+from captioning.decoding.ensemble import EnsembleDecoder
+from captioning.decoding.search import beam_search
+from captioning.learning.checkpoint import save
+from captioning.learning.run import build_run
 from data_loader import image_loader, val_loader
-from decoding import beam_search
-from ensemble import EnsembleDecoder
 from evaluate import (
     caption_dataset,
     caption_images,
@@ -25,9 +27,7 @@ from evaluate import (
     main,
     parse_args,
 )
-from features import extract_features
 from model import CaptionModel
-from run import build_run
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +158,11 @@ def test_n_best(best, model, data, shared_dataset, capsys):
     decoded = model.generate(model.preprocess(data.paths), beam_size=4, n_best=3)
     expected = [
         f"{path}: {score:.3f} {caption}"
-        for path, *row in zip(data.paths, decoded.scores.tolist(), model.decode(decoded),
-                              strict=True)
+        for path, *row in zip(
+            data.paths, decoded.scores.tolist(), model.decode(decoded), strict=True
+        )
         for score, caption in zip(*row, strict=True)
-    ]  # fmt: skip
+    ]
     assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -183,8 +184,9 @@ def test_decoding_options(best, model, data, shared_dataset, capsys):
     words = [*words.split(), "--ban-repeated-phrases"]
     assert main([best, f"{shared_dataset}/images", *words]) == 0
     constraint = build_constraint(model.vocab, ban_bad_endings=True, ban_repeated_phrases=True)
-    captions = model.caption(data.paths, 4, groups=2, diversity=2.0, length_penalty=1.0,
-                             constraint=constraint)  # fmt: skip
+    captions = model.caption(
+        data.paths, 4, groups=2, diversity=2.0, length_penalty=1.0, constraint=constraint
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed == [f"{path}: {text}" for path, text in zip(data.paths, captions, strict=True)]
     assert captions != model.caption(data.paths, 4)
@@ -211,14 +213,24 @@ def test_bans(model, flags, banned):
 def test_ensemble(best, model, data, shared_dataset, tmp_path, capsys):
     """The models of --ensemble may have other decoders and image sizes, each its own features."""
     torch.manual_seed(1)
-    other = CaptionModel(model.vocab.words, replace(model.config, inject="attend", image_size=96),
-                         calibrated_weights()).eval()  # fmt: skip
+    other = CaptionModel(
+        model.vocab.words,
+        replace(model.config, inject="attend", image_size=96),
+        calibrated_weights(),
+    ).eval()
     for weight in other.decoder.parameters():
         torch.nn.init.normal_(weight)
     save(other.checkpoint(), tmp_path / "other.pt")
-    words = ["--captions", f"{shared_dataset}/captions.json", "--cache-dir", str(tmp_path),
-             "--ensemble", f"{tmp_path}/other.pt", "--results",
-             f"{tmp_path}/results.json"]  # fmt: skip
+    words = [
+        "--captions",
+        f"{shared_dataset}/captions.json",
+        "--cache-dir",
+        str(tmp_path),
+        "--ensemble",
+        f"{tmp_path}/other.pt",
+        "--results",
+        f"{tmp_path}/results.json",
+    ]
     assert main([best, f"{shared_dataset}/images", *words]) == 0
     metrics = json.loads(capsys.readouterr().out)
     assert metrics["models"] == 2

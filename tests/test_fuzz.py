@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import load_safely
-from coco import CocoCaptions, DataError
+from captioning.data.coco import CocoCaptions, DataError
+from captioning.data.images import BadImageError, load_image
+from captioning.learning.checkpoint import load_safely
 from data_loader import train_loader
-from images import BadImageError, load_image
 from vocabulary import Vocabulary
 
 IMAGES = CAPTIONS = 320  # damaged files of each kind
@@ -50,12 +50,21 @@ def valid_images():
     exif = Image.Exif()
     exif[274] = 6  # orientation: rotated
     kinds = [
-        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "L", {}),
-        ("JPEG", "CMYK", {}), ("PNG", "RGB", {}), ("PNG", "RGBA", {}), ("PNG", "P", {}),
-        ("PNG", "I;16", {}), ("PNG", "1", {}), ("WEBP", "RGB", {}), ("WEBP", "RGBA", {}),
-        ("WEBP", "RGB", {"lossless": True}), ("GIF", "P", {}),
+        ("JPEG", "RGB", {"exif": exif}),
+        ("JPEG", "RGB", {"progressive": True}),
+        ("JPEG", "L", {}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "I;16", {}),
+        ("PNG", "1", {}),
+        ("WEBP", "RGB", {}),
+        ("WEBP", "RGBA", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("GIF", "P", {}),
         ("GIF", "P", {"save_all": True, "append_images": [image.rotate(90)]}),
-    ]  # fmt: skip
+    ]
     files = []
     for kind, mode, settings in kinds:
         file = io.BytesIO()
@@ -93,9 +102,30 @@ def test_damaged_images(tmp_path):
 # ---------------------------------------------------------------------------- captions
 
 ODD = [
-    None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", " ", "\0", "..", "../x.jpg",
-    "/etc/passwd", "a" * 100_000, "\ud800", "\u202e", "🐕", [], {}, [[]], {"id": 1}, [None] * 3,
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    " ",
+    "\0",
+    "..",
+    "../x.jpg",
+    "/etc/passwd",
+    "a" * 100_000,
+    "\ud800",
+    "\u202e",
+    "🐕",
+    [],
+    {},
+    [[]],
+    {"id": 1},
+    [None] * 3,
+]
 
 
 def positions(content):

@@ -13,10 +13,10 @@ from conftest import MakeFolder, calibrated_weights, supported
 from naive import NaiveAttentionDecoder, NaiveDecoder
 from PIL import Image
 
-from checkpoint import export, load_safely, save
-from images import BadImageError
-from layers import BatchNorm, Dropout
-from losses import TeacherForcing
+from captioning.data.images import BadImageError
+from captioning.learning.checkpoint import export, load_safely, save
+from captioning.learning.losses import TeacherForcing
+from captioning.networks.layers import BatchNorm, Dropout
 from model import INJECT_MODES, CaptionModel, DecoderRNN, ModelConfig
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
@@ -26,8 +26,14 @@ LEARNED = ["a cat sits", "a dog runs a cat", "dog", "a cat runs runs", "a dog si
 
 
 def tiny_model(**changes):
-    settings = {"backbone": "mobilenet_v3_small", "image_size": 64, "embed_size": 16,
-                "hidden_size": 32, "dropout": 0.0, "precision": "float32"}  # fmt: skip
+    settings = {
+        "backbone": "mobilenet_v3_small",
+        "image_size": 64,
+        "embed_size": 16,
+        "hidden_size": 32,
+        "dropout": 0.0,
+        "precision": "float32",
+    }
     settings |= changes
     weights = None if settings["backbone"].startswith("quantized") else calibrated_weights()
     return CaptionModel(WORDS, ModelConfig(**settings), weights)

@@ -4,18 +4,23 @@ import pytest
 import torch
 from conftest import calibrated_weights, supported
 
-import distributed
-from distributed import autocast, resolve_precision
-from features import extract_features
-from losses import TeacherForcing
+from captioning.base import distributed
+from captioning.base.distributed import autocast, resolve_precision
+from captioning.data.features import extract_features
+from captioning.learning.losses import TeacherForcing
 from model import CaptionModel, DecoderRNN, EncoderCNN, ModelConfig
 
 CAPTIONS = torch.tensor([[1, 4, 2], [1, 5, 2]])
 
 
 def tiny_model(precision):
-    config = ModelConfig(backbone="mobilenet_v3_small", image_size=64, embed_size=8,
-                         hidden_size=8, precision=precision)  # fmt: skip
+    config = ModelConfig(
+        backbone="mobilenet_v3_small",
+        image_size=64,
+        embed_size=8,
+        hidden_size=8,
+        precision=precision,
+    )
     words = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat"]
     return CaptionModel(words, config, calibrated_weights())
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import TrainConfig
+from captioning.learning.options import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -24,7 +24,12 @@ NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))
 
 # Who may import whom. A module imports only those above it in this list.
 MAY_IMPORT = {
-    "distributed": {}, "files": {}, "guard": {}, "images": {}, "layers": {}, "metrics": {},
+    "distributed": {},
+    "files": {},
+    "guard": {},
+    "images": {},
+    "layers": {},
+    "metrics": {},
     "rasterize": {},
     "plots": {"images"},
     "synthetic": {"rasterize"},
@@ -45,8 +50,17 @@ MAY_IMPORT = {
     "last_stage": {"backbones"},
     "encoder": {"backbones", "config", "last_stage", "layers"},
     "model": {
-        "attention", "backbones", "card", "checkpoint", "config", "decoding", "distributed",
-        "encoder", "images", "layers", "vocabulary",
+        "attention",
+        "backbones",
+        "card",
+        "checkpoint",
+        "config",
+        "decoding",
+        "distributed",
+        "encoder",
+        "images",
+        "layers",
+        "vocabulary",
     },
     "describe": {"decoding", "images"},
     "app": {"describe", "guard", "images", "model"},
@@ -55,24 +69,63 @@ MAY_IMPORT = {
     "ensemble": {"decoding", "layers", "losses", "model"},
     "features": {"backbones", "data_loader", "distributed", "files", "images"},
     "evaluate": {
-        "coco", "constraints", "data_loader", "decoding", "distributed", "ensemble", "features",
-        "files", "images", "layers", "losses", "metrics", "model", "vocabulary",
+        "coco",
+        "constraints",
+        "data_loader",
+        "decoding",
+        "distributed",
+        "ensemble",
+        "features",
+        "files",
+        "images",
+        "layers",
+        "losses",
+        "metrics",
+        "model",
+        "vocabulary",
     },
     "caption": {"coco", "distributed", "evaluate", "images", "model", "plots"},
     "run": {
-        "backbones", "card", "checkpoint", "coco", "config", "data_loader", "distributed",
-        "features", "images", "losses", "model", "rewards", "vocabulary",
+        "backbones",
+        "card",
+        "checkpoint",
+        "coco",
+        "config",
+        "data_loader",
+        "distributed",
+        "features",
+        "images",
+        "losses",
+        "model",
+        "rewards",
+        "vocabulary",
     },
     "train": {
-        "checkpoint", "config", "distributed", "evaluate", "files", "metrics", "model", "run"
+        "checkpoint",
+        "config",
+        "distributed",
+        "evaluate",
+        "files",
+        "metrics",
+        "model",
+        "run",
     },
-}  # fmt: skip
-NEEDS = {"download": {"tqdm"}, "decoding": {"torch"}, "model": {"torch", "PIL"}, "guard": set(),
-         "metrics": {"pycocoevalcap"}}  # fmt: skip
+}
+NEEDS = {
+    "download": {"tqdm"},
+    "decoding": {"torch"},
+    "model": {"torch", "PIL"},
+    "guard": set(),
+    "metrics": {"pycocoevalcap"},
+}
 
 # Where the name to install differs from the name to import.
-INSTALLED_AS = {"PIL": "pillow", "nbformat": "jupyter", "nbclient": "jupyter",
-                "starlette": "gradio"}  # fmt: skip
+INSTALLED_AS = {
+    "PIL": "pillow",
+    "nbformat": "jupyter",
+    "nbclient": "jupyter",
+    "starlette": "gradio",
+}
 
 
 def code_cells(notebook):
@@ -149,10 +202,15 @@ def test_requirements():
 def global_state():
     """What an import could change: random numbers, defaults of PyTorch."""
     return (
-        torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate(),
-        torch.get_default_device(), torch.get_default_dtype(), torch.is_grad_enabled(),
-        torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+        torch.get_rng_state().tolist(),
+        str(np.random.get_state()),
+        random.getstate(),
+        torch.get_default_device(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from conftest import command_line, tiny_config
 
 import train
-from checkpoint import load_safely
+from captioning.learning.checkpoint import load_safely
+from captioning.learning.losses import TeacherForcing
+from captioning.learning.run import build_run
 from evaluate import caption_dataset
-from losses import TeacherForcing
 from model import CaptionModel
-from run import build_run
 from train import fit, main, report, schedule, train_one_epoch
 from vocabulary import Vocabulary
 

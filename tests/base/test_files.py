@@ -1,0 +1,187 @@
+"""Atomic file writes and file locks."""
+
+import contextlib
+import errno
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioning.base import files
+from captioning.base.files import atomic_write, file_lock, write_text
+from captioning.learning.checkpoint import save
+from vocabulary import Vocabulary
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file with content, alone in its folder."""
+    (tmp_path / "file").write_bytes(b"previous")
+    yield tmp_path / "file"
+    assert os.listdir(tmp_path) == ["file"]  # nothing is left beside it
+
+
+def test_atomic_write(path):
+    """The file has its previous content until the new one is complete."""
+    with atomic_write(path) as file:
+        file.write(b"new" * 10_000)
+        file.flush()
+        assert path.read_bytes() == b"previous"
+    assert path.read_bytes() == b"new" * 10_000
+
+
+def test_write_text(path):
+    """A text is written in UTF-8, whatever the locale."""
+    write_text(path, "a caf\u00e9 \u72ac")
+    assert path.read_bytes() == b"a caf\xc3\xa9 \xe7\x8a\xac"
+
+
+@pytest.mark.parametrize("error", [KeyError("no such word"), KeyboardInterrupt()], ids=repr)
+def test_exception_while_writing(path, error):
+    """An exception in the block is passed on, and the previous content stays."""
+    with pytest.raises(type(error)) as caught, atomic_write(path) as file:
+        file.write(b"new")
+        raise error
+    assert caught.value is error
+    assert path.read_bytes() == b"previous"
+
+
+@contextlib.contextmanager
+def size_limit():
+    """A limit on the size of files; writing more fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "a" * 9999]).save,
+        partial(save, torch.rand(10_000)),
+    ],
+    ids=["Vocabulary.save", "torch.save"],
+)
+def test_full_disk(path, write):
+    """If the disk is full, the error is one sentence with the reason, and the file is intact."""
+    with size_limit(), pytest.raises(OSError) as caught:
+        write(path)
+    assert re.search(r"^cannot write .*file \(File too large\); .* again$", str(caught.value))
+    assert path.read_bytes() == b"previous"
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.ENOSPC, "No space left"), "No space left"),
+        (RuntimeError("first\nsecond"), "first"),
+        (RuntimeError(), r"RuntimeError\(\)"),
+    ],
+    ids=repr,
+)
+def test_reason(path, monkeypatch, error, reason):
+    """The message contains the first line of the reason, whatever is raised while writing."""
+
+    def replace(source, target):
+        raise error
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match=rf"^cannot write .*file \({reason}\);"), atomic_write(path):
+        pass
+    assert path.read_bytes() == b"previous"
+
+
+@pytest.mark.parametrize("parent", ["file", "missing"])
+def test_impossible_path(path, parent):
+    """A path below a file or a missing folder is an error that names it."""
+    with (
+        pytest.raises(OSError, match=f"cannot write .*{parent}/x"),
+        atomic_write(path.parent / parent / "x"),
+    ):
+        pass
+
+
+# ---------------------------------------------------------------------------- locks
+
+
+def is_locked(path):
+    try:
+        with file_lock(path, wait=False):
+            return False
+    except BlockingIOError as error:
+        assert str(error) == f"{path} is locked by another process"
+        return True
+
+
+def test_lock_is_exclusive(path):
+    """A lock is held until the end of the block, also if that raises."""
+    with pytest.raises(KeyError), file_lock(path):
+        assert is_locked(path)
+        raise KeyError
+    assert not is_locked(path)
+
+
+def test_waiting_for_a_lock(path, monkeypatch):
+    """With `wait`, the second holder starts after the first has ended, and says that it waits."""
+    order, held, waits = [], threading.Event(), threading.Event()
+
+    def report(text, **options):
+        order.append(text)
+        waits.set()
+
+    def hold():
+        with file_lock(path):
+            held.set()
+            waits.wait()
+            order.append("first")
+
+    monkeypatch.setattr(files, "print", report, raising=False)
+    first = threading.Thread(target=hold)
+    first.start()
+    held.wait()
+    with file_lock(path):
+        order.append("second")
+    first.join()
+    assert order == [f"Waiting for another process that holds {path}", "first", "second"]
+
+
+def test_lock_of_a_killed_process(path):
+    """The lock of a process that is killed is released."""
+    code = (
+        "import files, time\n"
+        f"with files.file_lock({str(path)!r}):\n"
+        "    print(1, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    assert is_locked(path)
+    process.kill()
+    process.communicate()
+    assert not is_locked(path)
+
+
+def test_systems_without_locks(path, monkeypatch):
+    """Where the file system or the operating system has no locks, nothing is locked."""
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with file_lock(path):
+        assert not is_locked(path)
+    monkeypatch.setattr(files, "fcntl", None)
+    with file_lock(path):
+        assert not is_locked(path)

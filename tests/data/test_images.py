@@ -1,0 +1,152 @@
+"""Reading images of any kind, and the transforms."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from captioning.data.images import (
+    BadImageError,
+    CropTransform,
+    attention_mask,
+    eval_transform,
+    load_image,
+    train_transform,
+)
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def array(values, dtype, mode=None):
+    return Image.fromarray(np.array(values, dtype=dtype), mode=mode)
+
+
+def with_palette(image):
+    """Index 0 is red, index 1 is blue and transparent."""
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize(
+    "image, suffix, expected",
+    [
+        (lambda: array([[0, 99, 255]], np.uint8), "png", [[0] * 3, [99] * 3, [255] * 3]),
+        (lambda: array([[[0, 255], [0, 0]]], np.uint8, "LA"), "png", [[0] * 3, [255] * 3]),
+        (lambda: array([[[0, 9, 0, 255], [0] * 4]], np.uint8), "png", [[0, 9, 0], [255] * 3]),
+        (lambda: with_palette(array([[0, 1]], np.uint8, "P")), "png", [[255, 0, 0], [255] * 3]),
+        (lambda: Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "jpg", [[254, 0, 0]]),
+        (lambda: array([[0, 257, 32768, 65535]], np.uint16), "png",
+         [[0] * 3, [1] * 3, [128] * 3, [255] * 3]),
+    ],
+    ids=["grey", "grey and alpha", "RGBA", "palette", "CMYK", "16 bits"],
+)
+def test_files_of_any_mode(tmp_path, image, suffix, expected):
+    """Any file becomes RGB: transparent pixels white, 16 bits scaled and not clipped."""
+    image = load_image(saved(image(), tmp_path / f"image.{suffix}"))
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image)[0], expected, atol=0 if suffix == "png" else 1)
+
+
+@pytest.mark.parametrize(
+    "dtype, white", [(np.int32, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1)]
+)
+def test_integers_and_floats(dtype, white):
+    """Pixels that are integers or floats keep their brightness, whatever the value of white."""
+    pixels = np.array([[0.0, 0.25, 0.5, 1.0]]) * white
+    image = np.asarray(load_image(array(pixels, dtype)))
+    np.testing.assert_allclose(image[0, :, 0], [0, 64, 128, 255], atol=1)
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3)])
+def test_long_and_thin_image(tmp_path, size):
+    """An image too long and thin to be resized without gigabytes of memory is unreadable."""
+    with pytest.raises(BadImageError, match=f"line.png.*{size[0]} x {size[1]}"):
+        load_image(saved(Image.new("RGB", size), tmp_path / "line.png"))
+
+
+def test_exif_rotation(tmp_path):
+    """A photo whose EXIF data says that it is rotated is rotated back."""
+    pixels, exif = np.arange(24, dtype=np.uint8).reshape(2, 4, 3), Image.Exif()
+    exif[0x0112] = 6  # to be displayed rotated by 90 degrees, clockwise
+    path = saved(Image.fromarray(pixels), tmp_path / "rotated.png", exif=exif)
+    np.testing.assert_array_equal(load_image(path), np.rot90(pixels, k=-1))
+
+
+def test_reduced_decoding(tmp_path):
+    """A large JPEG decoded with less detail has at least the requested size, and looks the same."""
+    y, x = np.mgrid[:600, :800]
+    waves = [np.sin(x / 30), np.cos(y / 20), np.sin((x + y) / 40)]
+    large = Image.fromarray((127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8))
+    path = saved(large, tmp_path / "large.jpg", quality=95)
+    reduced = load_image(path, min_size=200)
+    assert 200 <= min(reduced.size) < 600
+    full, reduced = (image.resize((64, 64)) for image in (load_image(path), reduced))
+    assert np.abs(np.asarray(full, dtype=int) - np.asarray(reduced)).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(48, 48), (200, 90), (31, 500)])
+def test_eval_transform(tmp_path, size):
+    """An image of any size becomes a float tensor (3, size, size), the same every time."""
+    path = saved(Image.effect_noise(size, 80), tmp_path / "noise.png")
+    transform = eval_transform(64)
+    image = transform(path)
+    assert image.shape == (3, 64, 64) and image.dtype == torch.float32
+    assert torch.equal(image, transform(path))
+    assert torch.equal(image, transform(Image.open(path)))
+
+
+def test_normalization(tmp_path):
+    """A pixel is scaled to 0..1, minus ImageNet's mean, divided by its standard deviation."""
+    path = saved(Image.new("RGB", (10, 10), (255, 0, 51)), tmp_path / "plain.png")
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    for transform in (eval_transform(8), train_transform(8)):
+        torch.testing.assert_close(transform(path).mean((1, 2)), torch.tensor(expected))
+
+
+def test_train_transform_never_flips(tmp_path):
+    """Training crops are random, but left stays left."""
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
+    path = saved(Image.fromarray(ramp), tmp_path / "ramp.png")
+    crops = torch.stack([train_transform(32)(path) for _ in range(20)])
+    assert (crops[..., -1] > crops[..., 0]).all()
+    assert not torch.equal(crops[0], crops[1])
+
+
+def test_crop_transform(tmp_path):
+    """A crop depends on the seed and the file's name alone, and no random numbers are consumed."""
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    paths = [saved(Image.fromarray(ramp), tmp_path / f"{i}.png") for i in range(20)]
+    state = torch.get_rng_state()
+    crops = torch.stack([CropTransform(0, image_size=32)(path) for path in paths])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    again = torch.stack([CropTransform(0, image_size=32)(path) for path in reversed(paths)])
+    assert torch.equal(again.flip(0), crops)
+    other = torch.stack([CropTransform(1, image_size=32)(path) for path in paths])
+    contents = {crop.numpy().tobytes() for crop in torch.cat([crops, other])}
+    assert len(contents) == 40
+
+
+def test_crop_transform_shows_half_of_the_image(tmp_path):
+    """A crop has at least half of the area of the image, and sides in a ratio of 3:4 to 4:3."""
+    rows, columns = np.mgrid[:240, :240].astype(np.uint8)
+    image = Image.fromarray(np.stack([rows, columns, 0 * rows], axis=-1))
+    for number in range(30):
+        path = saved(image, tmp_path / f"{number}.png")
+        crop = CropTransform(0, image_size=60, mean=(0, 0, 0), std=(1, 1, 1))(path) * 255
+        height = (crop[0, -1].mean() - crop[0, 0].mean()).item() * 60 / 59
+        width = (crop[1, :, -1].mean() - crop[1, :, 0].mean()).item() * 60 / 59
+        assert 0.48 < height * width / 240**2 <= 1.02 and 0.73 < width / height < 1.37
+
+
+def test_attention_mask():
+    """The largest weight is white, 0 is black, and weights are not mirrored or transposed."""
+    weights = np.array([[0.0, 0.2, 0.1], [0.4, 0.1, 0.0]])
+    mask = attention_mask(weights, (3, 2))
+    np.testing.assert_allclose(np.array(mask), 255 * weights / 0.4, atol=1)
+    assert attention_mask(weights, (30, 20)).size == (30, 20)
