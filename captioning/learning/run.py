@@ -19,7 +19,7 @@ from captioning.base.distributed import (
     use_deterministic_algorithms,
     wrap_ddp,
 )
-from captioning.base.tokens import UNK, Vocabulary
+from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.features import describe_bad, extract_features, find_bad_images
 from captioning.data.images import BadImageError, CropTransform, train_transform
@@ -31,6 +31,7 @@ from captioning.learning.reward import CiderD
 from captioning.networks.backbones import input_settings
 from data_loader import tokenize_all, train_loader, val_loader
 from model import CaptionModel
+from vocabulary import Vocabulary
 
 NEW_WORDS_LOG_ODDS = -2.0  # of the words that a checkpoint lacks against its <unk>, at first
 FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
