@@ -8,8 +8,9 @@ A constraint is a function (N, t) tokens so far -> (N, vocab_size) bool, True fo
 
 import torch
 
-from captioning.base.tokens import END, Vocabulary
+from captioning.base.tokens import END
 from captioning.scoring.metrics import BAD_ENDINGS
+from vocabulary import Vocabulary
 
 DETERMINERS = ("a", "an", "the", "one", "two", "three", "four", "several", "some")
 CONNECTORS = ("and", "with", "of", "in", "on", "by", "near", "at", "from", "to")
