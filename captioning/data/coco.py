@@ -39,7 +39,7 @@ class CocoCaptions:
         if not self.image_dir.is_dir():
             raise DataError(f"there is no image folder {image_dir}; check the path")
         coco = read_captions(captions_file)
-        self.description = _description(coco.dataset["info"]) or self.captions_file.name
+        self.description = _description(coco.dataset.get("info")) or self.captions_file.name
         self.image_ids, self.paths, self.captions, self.uncaptioned = [], [], [], []
         for image_id in sorted(coco.getImgIds()):
             name = coco.imgs[image_id]["file_name"]
@@ -91,8 +91,7 @@ def read_captions(captions_file) -> COCO:
     if problem:
         raise DataError(f"{path}: {problem}")
     coco = COCO()
-    coco.dataset = {key: content[key] for key in ("images", "annotations")}
-    coco.dataset["info"] = content.get("info")
+    coco.dataset = {key: value for key, value in content.items() if key != "categories"}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco

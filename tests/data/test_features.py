@@ -18,7 +18,6 @@ from captioning.data import features
 from data_loader import identity_collate
 from captioning.base.distributed import resolve_precision
 from captioning.data.features import FeatureArray, ReadableImages, extract_features, find_bad_images, fingerprint
-from captioning.base.files import fcntl
 from captioning.data.images import BadImageError, eval_transform, load_image
 from model import EncoderCNN
 
@@ -216,8 +215,6 @@ def test_custom_transform_or_encoder(extract, paths):
 
 def test_runs_that_share_a_cache(encoder, extract, paths, opened):
     """Of two runs that need the same features at the same time, one computes them for both."""
-    if fcntl is None:
-        pytest.skip("this system has no file locks")
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(extract, paths) for _ in range(2)]
         found = [job.result().features for job in jobs]
