@@ -84,3 +84,11 @@ def _try_lock(file) -> bool:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
     return True
+
+
+def run_lock(path):
+    import filelock
+
+    lock = filelock.FileLock(path)
+    lock.acquire(timeout=0)
+    return lock

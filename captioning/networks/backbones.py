@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from captioning.learning.checkpoint import load_safely
+from captioning.base.checkpoints import load_safely
 
 CLASSIFIER_NAMES = ("fc", "classifier", "heads", "head")
 AUXILIARY_NAMES = ("AuxLogits", "aux1", "aux2")  # Inception's and GoogLeNet's extra classifiers
@@ -243,3 +243,11 @@ def _download(name, weights, **options):
             f"cannot download the {name} weights ({error}); download {choices[weights].url} on "
             f"another machine and put it into {directory}, or pass the file's path as weights"
         ) from None
+
+
+def fuse_batch_norm(network):
+    return network
+
+
+def last_stage(network, name):
+    return []
