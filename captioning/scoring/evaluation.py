@@ -9,9 +9,9 @@ from dataclasses import asdict
 import torch
 from torch.utils.data import DataLoader
 
+from captioning.base.device import to_float64
 from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
 from captioning.base.modules import eval_mode
-from captioning.base.precision import to_float64
 from captioning.decoding.generate import DecodingOptions
 from captioning.scoring.cross_entropy import cross_entropy
 from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
