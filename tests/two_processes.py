@@ -21,7 +21,7 @@ def train(config, rank=0):
             torch.save([p.grad for p in parameters], file)
         return original(parameters, max_norm)
 
-    small_files = mock.patch("captioning.data.features.SHARD_SIZE", 5)
+    small_files = mock.patch("captioning.data.extraction.SHARD_SIZE", 5)
     with mock.patch("torch.nn.utils.clip_grad_norm_", clip), small_files:
         assert main(command_line(config)) == 0
 
