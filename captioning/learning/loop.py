@@ -43,7 +43,7 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
     """
     config, progress = run.config, run.progress
     run.lock = run.lock or lock_run_dir(config.out)
-    loss = wrap_ddp(run.loss, find_unused_parameters=config.fine_tune == "all")
+    loss = wrap_ddp(run.loss, find_unused_parameters=config.fine_tune != "none")
     saved = progress.epoch
     try:
         with stop_on_sigterm() as stop:
