@@ -1,13 +1,13 @@
 """Caption photographs: prints the path, a tab and the caption of each.
 
     python caption.py photo.jpg holiday          # of a folder, all images in it and its subfolders
-    python caption.py photo.jpg --n 3            # the three best captions, each with its score
+    python caption.py photo.jpg --n-best 3       # the three best captions, each with its score
     python caption.py photo.jpg --maps maps      # pictures of the attention, in maps/photo.jpg
     find . -name "*.jpg" | python caption.py - --json captions.json
 
 A file that cannot be read is named on standard error and left out; the exit status is then 1. The
-scores are those of `decoding.Decoded`: the higher, the more probable. `--json` writes COCO's
-results format; the image ids are those of `evaluate.image_id_of`.
+higher the score of a caption, the more probable it is. `--json` writes COCO's results format; the
+image ids are those of `captioning.data.image_files.image_id_of`.
 """
 
 import argparse
@@ -16,17 +16,94 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from captioning.base.distributed import pick_device
+from captioning.base.commands import exit_status
+from captioning.base.device import pick_device
+from captioning.base.options import add_arguments, from_args
 from captioning.data.coco import DataError
-from captioning.data.images import without_normalization
-from evaluate import BATCH_SIZE, caption_files, find_images, image_id_of, write_results
-from model import CaptionModel
+from captioning.data.image_files import find_images, image_id_of, write_results
+from captioning.data.images import BadImageError, centre_crop
+from captioning.decoding.generate import DecodingOptions
+from model import PRETRAINED, CaptionModel
 
+BATCH_SIZE = 32
 MAX_STEM = 60  # characters of a photo's name in the name of its picture: file systems limit names
+
+
+class Captioned(NamedTuple):
+    """The generated captions of an image file."""
+
+    path: Path
+    captions: list[str]  # at most n_best, best first
+    scores: list[float]  # of the captions, see `Decoded`
+    attention: np.ndarray | None  # of the best caption, see `Decoded.attention_maps`
+
+
+def caption_files(model, paths, on_bad=None, return_attention=False, **options):
+    """Caption image files; yields a `Captioned` for each, in order.
+
+    A batch of files is read when its captions are requested, so that the memory does not depend on
+    the number of files.
+
+    model: a `CaptionModel`. on_bad: a function that gets the BadImageError of a file that cannot be
+    read, which is then left out; None: it is raised. options: those of `DecodingOptions`.
+
+    Raises ValueError for attention of a model without.
+    """
+    for start in range(0, len(paths), BATCH_SIZE):
+        readable, images = [], []
+        for path in paths[start : start + BATCH_SIZE]:
+            try:
+                images.append(model.transform(path))
+                readable.append(path)
+            except BadImageError as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+        if not readable:
+            continue
+        decoded = model.generate(torch.stack(images), **options)
+        maps = decoded.attention_maps() if return_attention else [None] * len(readable)
+        rows = zip(readable, model.decode(decoded), decoded.scores.tolist(), maps, strict=True)
+        for path, captions, scores, attention in rows:
+            yield Captioned(path, captions, scores[: len(captions)], attention)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def run(args) -> int:
+    """Caption the photos; returns the exit status, 1 if a file could not be read."""
+    options, bad = from_args(DecodingOptions, args), []
+
+    def on_bad(error):
+        bad.append(error)
+        tqdm.write(f"error: {error}", file=sys.stderr)
+
+    paths = find_photos(args.photos, on_bad)
+    if not paths:
+        raise DataError("there is nothing to caption: give photos, folders, or paths to -")
+    check_outputs(args, paths)
+    model = CaptionModel.from_checkpoint(args.checkpoint, pick_device(args.device))
+    print(f"model: {model.card['summary']}", file=sys.stderr)
+    torch.manual_seed(args.seed)
+    captions, map_names = [], names_in(args.maps, paths)
+    hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
+    with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
+        for found in caption_files(model, paths, on_bad, bool(args.maps), **vars(options)):
+            print_captions(found, with_scores=args.n_best > 1)
+            captions.append((image_id_of(found.path), found.captions[0]))
+            if args.maps:
+                save_map(args.maps, map_names, found, model.encoder.cnn.image_size)
+            bar.update()
+    if args.json:
+        write_json(args.json, captions)
+    return 1 if bad else 0
 
 
 def find_photos(arguments, on_bad) -> list[Path]:
@@ -49,78 +126,6 @@ def find_photos(arguments, on_bad) -> list[Path]:
     return paths
 
 
-def decoding_options(args) -> dict:
-    """The options of `decoding.generate`. Raises ValueError if they contradict each other."""
-    if args.sample:
-        if not (args.n is None and args.beam is None):
-            raise ValueError("--n and --beam are for beam search: leave them or --sample out")
-        temperature = 1.0 if args.temperature is None else args.temperature
-        if not 0.01 <= temperature <= 100:
-            raise ValueError("--temperature must be between 0.01 and 100")
-        return {"temperature": temperature}
-    if args.temperature is not None:
-        raise ValueError("--temperature is for sampling: add --sample")
-    n = 1 if args.n is None else args.n
-    beam_size = max(3, n) if args.beam is None else args.beam
-    if not 1 <= n <= beam_size:
-        raise ValueError("--n must be at least 1, and --beam at least as large as --n")
-    return {"beam_size": beam_size, "n_best": args.n}
-
-
-def save_map(folder, names, found, transform):
-    """Save the attention for each word as a picture, named like the photo.
-
-    names: the names in use, in lower case; a photo of such a name gets a number behind it.
-    """
-    import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
-
-    from captioning.figures.plots import attention_maps
-
-    stem = found.path.stem[:MAX_STEM]
-    name, number = stem, 2
-    while name.lower() in names:
-        name, number = f"{stem}-{number}", number + 1
-    names.add(name.lower())
-    image = without_normalization(transform)(found.path)
-    figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
-    figure.savefig(Path(folder) / f"{name}.jpg")
-    plt.close(figure)
-
-
-def run(args) -> int:
-    """Caption the photos; returns the exit status, 1 if a file could not be read."""
-    options, bad = decoding_options(args), []
-
-    def on_bad(error):
-        bad.append(error)
-        tqdm.write(f"error: {error}", file=sys.stderr)
-
-    paths = find_photos(args.photos, on_bad)
-    if not paths:
-        raise DataError("there is nothing to caption: give photos, folders, or paths to -")
-    check_outputs(args, paths)
-    device = pick_device(args.device)
-    model = (
-        CaptionModel.from_checkpoint(args.checkpoint, device)
-        if args.checkpoint
-        else CaptionModel.pretrained(device)
-    )
-    print(f"model: {model.card['summary']}", file=sys.stderr)
-    torch.manual_seed(args.seed)
-    captions, map_names = [], names_in(args.maps, paths)
-    hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
-    with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
-        for found in caption_files(model, paths, on_bad, bool(args.maps), **options):
-            print_captions(found, with_scores=args.n is not None)
-            captions.append((image_id_of(found.path), found.captions[0]))
-            if args.maps:
-                save_map(args.maps, map_names, found, model.transform)
-            bar.update()
-    if args.json:
-        write_json(args.json, captions)
-    return 1 if bad else 0
-
-
 def check_outputs(args, paths):
     """Raise OSError now rather than after the last photo; creates the folder of `--maps`."""
     if args.json and os.path.isdir(args.json):
@@ -139,6 +144,26 @@ def names_in(folder, paths) -> set[str]:
     """The names, in lower case, of the photos in `folder`, which no picture may replace."""
     real = os.path.realpath(folder or os.devnull)
     return {path.stem.lower() for path in paths if os.path.realpath(path.parent) == real}
+
+
+def save_map(folder, names, found, size):
+    """Save the attention for each word as a picture, named like the photo.
+
+    names: the names in use, in lower case; a photo of such a name gets a number behind it.
+    """
+    import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
+
+    from captioning.figures.plots import attention_maps
+
+    stem = found.path.stem[:MAX_STEM]
+    name, number = stem, 2
+    while name.lower() in names:
+        name, number = f"{stem}-{number}", number + 1
+    names.add(name.lower())
+    image = centre_crop(found.path, size)
+    figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
+    figure.savefig(Path(folder) / f"{name}.jpg")
+    plt.close(figure)
 
 
 def print_captions(found, with_scores):
@@ -164,17 +189,9 @@ def write_json(path, captions):
 def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Caption photographs.")
     parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
-    parser.add_argument(
-        "--n",
-        type=int,
-        help="print the N best captions of each photo, with their "
-        "scores (log-probability / length ** 0.7)",
-    )
-    parser.add_argument("--beam", type=int, help="beam size; default: 3, or --n if it is larger")
-    parser.add_argument("--sample", action="store_true", help="sample words, without beam search")
-    parser.add_argument("--temperature", type=float, help="of --sample; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample")
-    parser.add_argument("--checkpoint", help="default: photo_captioner.pt beside caption.py")
+    add_arguments(parser, DecodingOptions)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--checkpoint", default=str(PRETRAINED), help="a checkpoint of train.py")
     parser.add_argument("--json", help="file for the captions, in COCO's results format")
     parser.add_argument("--maps", help="folder for pictures of the attention, PHOTO.jpg each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -183,19 +200,9 @@ def parse_args(arguments=None) -> argparse.Namespace:
 
 def main(arguments=None) -> int:
     args = parse_args(arguments)
-    try:
-        with warnings.catch_warnings():  # Pillow's, about files that it cannot read or reads anyway
-            warnings.filterwarnings("ignore", module="PIL")
-            return run(args)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the program that reads the output, such as head, has ended
-        # Python flushes standard output at exit, which would print another error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with warnings.catch_warnings():  # Pillow's, about files that it cannot read or reads anyway
+        warnings.filterwarnings("ignore", module="PIL")
+        return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

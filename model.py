@@ -1,6 +1,6 @@
 """CNN encoder and LSTM decoder for image captioning.
 
-    model = CaptionModel.from_checkpoint("runs/synthetic/best.pt")   # or CaptionModel.pretrained()
+    model = CaptionModel.pretrained()             # or CaptionModel.from_checkpoint("best.pt")
     model.caption("photo.jpg")                    # ["a dog runs across the grass"]
     model.card["summary"]                         # what the model was trained on
 
@@ -16,31 +16,71 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 
-from captioning.base.distributed import autocast, resolve_precision
+from captioning.base.checkpoints import FORMAT, load_checkpoint
+from captioning.base.device import autocast, resolve_precision
+from captioning.base.modules import eval_mode, select
 from captioning.base.tokens import PAD
 from captioning.data.images import eval_transform
-from captioning.decoding import search as decoding
-from captioning.learning.card import NOT_RECORDED, card_of
-from captioning.learning.checkpoint import config_and_words, load_safely
-from captioning.learning.options import ModelConfig
+from captioning.decoding.captioner import Captioner
+from captioning.decoding.decoded import Decoded
+from captioning.decoding.generate import generate
 from captioning.networks.attention import AttentionDecoder
 from captioning.networks.backbones import input_settings
-from captioning.networks.encoder import EncoderCNN
-from captioning.networks.layers import Dropout, eval_mode
+from captioning.networks.cnn import CNN
+from captioning.networks.config import INJECT, ModelConfig
+from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
+from captioning.networks.layers import BatchNorm
 from vocabulary import Vocabulary
 
-INJECT_MODES = ("pre", "par", "init")  # of `DecoderRNN`
-DEFAULTS = ModelConfig
-PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"  # trained on photographs
+PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
 
 
-# ---------------------------------------------------------------------------- decoder
+class EncoderCNN(nn.Module):
+    """A pre-trained CNN without its classifier, followed by a trainable linear layer.
+
+    pooled: one embedding per image; otherwise the features of every position, for an
+        `AttentionDecoder`, whose own linear layers project them.
+    feature_dropout, image_norm, no_image: as in `ModelConfig`. The other arguments, and the errors
+    that they raise, are those of `CNN`.
+    """
+
+    def __init__(
+        self,
+        embed_size=256,
+        backbone="resnet50",
+        weights="DEFAULT",
+        *,
+        pooled=True,
+        image_size=None,
+        flip=False,
+        fine_tune="none",
+        feature_dropout=0.0,
+        image_norm=False,
+        no_image=False,
+    ):
+        super().__init__()
+        self.cnn = CNN(backbone, weights, pooled, image_size, flip, fine_tune)
+        self.pooled, self.no_image = pooled, no_image
+        self.dropout = nn.Dropout(feature_dropout)
+        self.linear = nn.Linear(self.cnn.feature_size, embed_size) if pooled else nn.Identity()
+        self.norm = BatchNorm(embed_size) if image_norm and pooled else nn.Identity()
+
+    def forward(self, images):
+        """(B, 3, H, W) -> (B, embed_size), or (B, P, C) if not pooled."""
+        return self.project(self.cnn(images))
+
+    def project(self, features):
+        """Features of the CNN (B, P, C) -> (B, embed_size), or (B, P, C) if not pooled."""
+        if self.no_image:
+            features = torch.zeros_like(features)
+        if self.pooled:
+            features = features.mean(1)  # (B, C)
+        return self.norm(self.linear(self.dropout(features)))
 
 
-class DecoderRNN(nn.Module):
+class DecoderRNN(Decoder):
     """An LSTM language model conditioned on an image.
 
     inject: how the image enters.
@@ -54,47 +94,39 @@ class DecoderRNN(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_size,
-        hidden_size,
-        vocab_size,
-        num_layers=DEFAULTS.num_layers,
-        dropout=DEFAULTS.dropout,
-        inject=DEFAULTS.inject,
+        self, embed_size, hidden_size, vocab_size, num_layers=1, dropout=0.2, inject="par"
     ):
         super().__init__()
-        if inject not in INJECT_MODES:
-            raise ValueError(f"unknown inject mode {inject!r}; choose from {INJECT_MODES}")
+        if inject not in INJECT:
+            raise ValueError(f"unknown inject {inject!r}; choose from {', '.join(INJECT)}")
         self.inject = inject
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
-        input_size = 2 * embed_size if inject == "par" else embed_size
-        lstm_dropout = dropout if num_layers > 1 else 0.0
         self.lstm = nn.LSTM(
-            input_size, hidden_size, num_layers, batch_first=True, dropout=lstm_dropout
+            2 * embed_size if inject == "par" else embed_size,
+            hidden_size,
+            num_layers,
+            batch_first=True,
+            dropout=dropout if num_layers > 1 else 0.0,
         )
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
-        for name, bias in self.lstm.named_parameters():
-            if name.startswith("bias_ih"):  # forget-gate bias 1 (Jozefowicz et al., 2015)
-                nn.init.ones_(bias[hidden_size : 2 * hidden_size])
+        open_forget_gates(self.lstm)
         if inject == "init":
             self.image_to_state = nn.Linear(embed_size, 2 * num_layers * hidden_size)
 
-    def forward(self, features, captions, positions=None, image_index=None):
-        """Teacher forcing: (B, embed_size), (B, T) -> logits (B, T-1, vocab_size).
+    def forward(self, features, captions):
+        """Teacher forcing: (B, embed_size), (B, T) -> logits (B, T-1, vocab_size)."""
+        return self.predict(features, captions)
 
-        image_index: (B,), the row of `features` that belongs to each caption; None: the same row.
-        positions: (N,) indices into the B * (T-1) predictions. The vocabulary projection, which
-            dominates the cost, is then computed for these alone: logits (N, vocab_size).
+    def predict(self, features, captions, image_index=None, targets=None):
+        """`forward` with the image of each caption and the predictions to compute as indices.
+
+        See `Decoder.predict`.
         """
-        if image_index is not None:
-            features = features.index_select(0, image_index)  # (B, embed_size)
+        features = select(features, image_index)  # (B, embed_size)
         inputs = self.embed(captions[:, :-1], features)  # (B, T-1, input_size)
         hidden, _ = self.lstm(inputs, self.init_state(features))  # (B, T-1, hidden_size)
-        hidden = self.dropout(hidden)
-        if positions is not None:
-            hidden = hidden.flatten(0, 1).index_select(0, positions)  # (N, hidden_size)
-        return self.linear(hidden)
+        return self.linear(select_targets(self.dropout(hidden), targets))
 
     def embed(self, tokens, features):
         """The inputs of the LSTM: (B, T), (B, embed_size) -> (B, T, input_size)."""
@@ -120,59 +152,79 @@ class DecoderRNN(nn.Module):
         return zeros, zeros
 
     def step(self, tokens, state, features):
-        """(B,), state, (B, embed_size) -> logits (B, vocab_size) of the next word, state, None.
-
-        An `AttentionDecoder` returns its attention in place of None.
-        """
+        """(B,), state, (B, embed_size) -> logits (B, vocab_size) of the next word, state, None."""
         hidden, state = self.lstm(self.embed(tokens.unsqueeze(1), features), state)
         return self.linear(self.dropout(hidden.squeeze(1))), state, None
 
-    def sample(self, features, beam_size=1, max_len=20, **options) -> decoding.Decoded:
-        """Generate captions in eval mode; `options` are those of `decoding.generate`."""
-        with eval_mode(self):
-            return decoding.generate(self, features, beam_size, max_len, **options)
 
-
-# ---------------------------------------------------------------------------- captioning model
-
-
-class CaptionModel(nn.Module):
+class CaptionModel(Captioner, nn.Module):
     """Encoder, decoder and vocabulary: everything that is needed to caption an image.
 
-    card: the model card, a dict that says what the model was trained on; see card.py.
+    card: the model card, a dict that says what the model was trained on.
     """
 
-    def __init__(self, words, config: ModelConfig | None = None, weights="DEFAULT"):
-        """words: the words of the vocabulary. weights: of the backbone, as in `EncoderCNN`."""
+    def __init__(self, vocab: Vocabulary, config: ModelConfig | None = None, weights="DEFAULT"):
+        """weights: of the CNN, as in `EncoderCNN`. config.backbone may also be an nn.Module."""
         super().__init__()
-        self.config = c = config or ModelConfig()
-        self.vocab = Vocabulary(words)
-        self.card = dict(NOT_RECORDED)
+        self.vocab, self.config = vocab, config or ModelConfig()
+        self.card = {"summary": "nothing is recorded about the training data"}
+        c = self.config
         self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
             c.embed_size,
             c.backbone,
             weights,
-            c.fine_tune,
-            c.image_size,
-            c.flip,
-            c.no_image,
-            c.precision,
-            c.image_norm,
-            c.feature_dropout,
             pooled=c.inject != "attend",
+            image_size=c.image_size,
+            flip=c.flip,
+            fine_tune=c.fine_tune,
+            feature_dropout=c.feature_dropout,
+            image_norm=c.image_norm,
+            no_image=c.no_image,
         )
-        sizes = c.embed_size, c.hidden_size, len(self.vocab)
+        sizes = c.embed_size, c.hidden_size, len(vocab)
         if c.inject == "attend":
-            self.decoder = AttentionDecoder(*sizes, c.dropout, c.num_heads)
+            feature_size = self.encoder.cnn.feature_size
+            self.decoder = AttentionDecoder(*sizes, feature_size, c.dropout, c.num_heads)
         else:
             self.decoder = DecoderRNN(*sizes, c.num_layers, c.dropout, c.inject)
 
+    @property
+    def device(self):
+        return self.decoder.linear.weight.device
+
+    def autocast(self):
+        """The precision of the config, as a context manager."""
+        return autocast(self.device, self.config.precision)
+
+    def forward(self, images, captions):
+        """(B, 3, H, W), (B, T) -> logits (B, T-1, vocab_size); see `DecoderRNN`."""
+        return self.decoder(self.encoder(images), captions)
+
+    def encode(self, images=None, features=None):
+        """Images (B, 3, H, W), or features (B, P, C) that `encoder.cnn` has computed of them ->
+        what the decoder takes.
+        """
+        if features is None:
+            return self.encoder(images.to(self.decoder.linear.weight))  # device, and dtype
+        return self.encoder.project(features.to(self.decoder.linear.weight))
+
+    def generate(self, images=None, features=None, **options) -> Decoded:
+        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""
+        with eval_mode(self), self.autocast():
+            return generate(self.decoder, self.encode(images, features), **options)
+
+    def preprocess(self, images):
+        """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""
+        return torch.stack([self.transform(image) for image in images])
+
     def checkpoint(self) -> dict:
-        """What `from_checkpoint` needs: config, words and weights; and the model card."""
+        """What `from_checkpoint` needs; and the model card."""
         return {
+            "format": FORMAT,
             "config": asdict(self.config),
             "words": self.vocab.words,
+            "threshold": self.vocab.threshold,
             "model": self.state_dict(),
             "card": self.card,
         }
@@ -185,106 +237,20 @@ class CaptionModel(nn.Module):
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint.
         """
-        checkpoint = load_safely(path)
-        try:
-            config, words = config_and_words(checkpoint)
-            config = ModelConfig(**config | ({"precision": precision} if precision else {}))
-            model = cls(words, config, weights=None)
-            model.load_state_dict(checkpoint["model"])
-            model.card = card_of(checkpoint)
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is not a checkpoint of this model ({type(error).__name__}: "
-                f"{str(error)[:300]}); train.py writes best.pt and last.pt"
-            ) from None
+        checkpoint = load_checkpoint(path)
+        config = ModelConfig(**checkpoint["config"])
+        config.precision = precision or config.precision
         resolve_precision(device, config.precision)  # fail now, not at the first image
+        vocab = Vocabulary(checkpoint["words"], checkpoint["threshold"])
+        model = cls(vocab, config, weights=None)
+        model.load_state_dict(checkpoint["model"])
+        model.card = checkpoint["card"]
         return model.to(device).eval()
 
     @classmethod
     def pretrained(cls, device="cpu", precision=None):
-        """The model in photo_captioner.pt beside model.py, which was trained on photographs.
+        """The model in pretrained/photo_captioner.pt, which was trained on photographs.
 
         Raises FileNotFoundError if there is no such file, else as `from_checkpoint`.
         """
-        if not PRETRAINED.is_file():
-            raise FileNotFoundError(
-                f"there is no pre-trained model {PRETRAINED}: get that file, or train a model with "
-                "train.py and load its best.pt"
-            )
         return cls.from_checkpoint(PRETRAINED, device, precision)
-
-    @property
-    def device(self):
-        return self.decoder.linear.weight.device
-
-    def autocast(self):
-        """The precision of the config, as a context manager."""
-        return autocast(self.device, self.config.precision)
-
-    def encode(self, images, precomputed=False):
-        """Images (B, 3, H, W), or what `EncoderCNN.project` takes -> the memory of the decoder."""
-        return self.encoder.project(images) if precomputed else self.encoder(images)
-
-    def forward(self, images, captions):
-        """(B, 3, H, W), (B, T) -> logits (B, T-1, vocab_size); see `DecoderRNN`."""
-        return self.decoder(self.encoder(images), captions)
-
-    def generate(self, images, precomputed=False, **options) -> decoding.Decoded:
-        """Captions of a batch as token ids; `options` are those of `decoding.generate`."""
-        with eval_mode(self), self.autocast():
-            images = images.to(self.decoder.linear.weight)  # device, and dtype of a converted model
-            memory = self.encode(images, precomputed)
-            return decoding.generate(self.decoder, memory, **options)
-
-    def decode(self, decoded: decoding.Decoded) -> list:
-        """Token ids as captions: a list of strings, or of lists of strings with `n_best`."""
-        if decoded.tokens.dim() == 3:
-            return [[self.vocab.decode(ids) for ids in row] for row in decoded.tokens.tolist()]
-        return [self.vocab.decode(ids) for ids in decoded.tokens.tolist()]
-
-    def preprocess(self, images):
-        """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""
-        return torch.stack([self.transform(image) for image in images])
-
-    @staticmethod
-    def concatenate(batches):
-        """Several results of `preprocess` as one batch."""
-        return torch.cat(batches)
-
-    def caption(
-        self, images, beam_size=None, max_len=20, batch_size=32, return_attention=False, **options
-    ) -> list:
-        """Caption an image (path or PIL image) or an iterable of images; returns a list of strings.
-
-        `options` are those of `decoding.generate`; the beam size is 3 unless a temperature is
-        given. With `n_best`, returns a list of strings per image. Raises BadImageError.
-
-        return_attention: also return a list with the attention weights of each image, (words, H, W)
-            if the P positions form a square, else (words, P); `<end>` is left out. Raises
-            ValueError if the model has no attention.
-        """
-        images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        if beam_size is None:
-            beam_size = 1 if options.get("temperature") else 3
-        captions, maps = [], []
-        for start in range(0, len(images), batch_size):
-            batch = self.preprocess(images[start : start + batch_size])
-            decoded = self.generate(batch, beam_size=beam_size, max_len=max_len, **options)
-            captions += self.decode(decoded)
-            maps += self.attention_maps(decoded) if return_attention else []
-        return (captions, maps) if return_attention else captions
-
-    @staticmethod
-    def attention_maps(decoded: decoding.Decoded) -> list:
-        """The attention of each caption, see `caption`. Raises ValueError if there is none."""
-        if decoded.attention is None or decoded.tokens.dim() == 3:
-            raise ValueError(
-                "attention maps need a model with --inject attend (in an ensemble, all of them, "
-                "with the same number of positions), and no n_best"
-            )
-        side = round(decoded.attention.size(2) ** 0.5)
-        maps = decoded.attention.float().cpu().numpy()  # (B, L, P)
-        words = decoded.tokens.ne(PAD).sum(1) - decoded.ended.long()
-        maps = [weights[:count] for weights, count in zip(maps, words.tolist(), strict=True)]
-        square = side * side == decoded.attention.size(2)
-        return [weights.reshape(-1, side, side) if square else weights for weights in maps]

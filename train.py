@@ -13,311 +13,191 @@ history.jsonl (one line per epoch; history.csv has the same), vocabulary.json an
 """
 
 import json
-import math
-import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from captioning.base.distributed import (
-    all_reduce_sum,
-    barrier,
-    broadcast_buffers,
-    pick_device,
-    print0,
-    process_group,
-    rank_and_world_size,
-    show_progress,
-    to_float64,
-)
+from captioning.base.commands import exit_status
+from captioning.base.device import pick_device, resolve_precision, use_deterministic_algorithms
+from captioning.base.distributed import barrier, print0, process_group, rank_and_world_size
 from captioning.base.files import write_text
-from captioning.learning.checkpoint import (
-    best_epoch,
-    lock_run_dir,
-    prepare_run_dir,
-    save_run,
-    stop_on_sigterm,
-)
-from captioning.learning.options import parse_args
-from captioning.learning.run import Run, build_run
-from captioning.scoring.metrics import perplexity
-from evaluate import evaluate_captions, evaluate_loss, score_captions
-from model import CaptionModel
+from captioning.base.options import names_with
+from captioning.data.coco import CocoCaptions
+from captioning.data.images import train_transform
+from captioning.data.tokenized import tokenize_all
+from captioning.learning.card import training_card
+from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
+from captioning.learning.loop import fit
+from captioning.learning.losses import SelfCritical, TeacherForcing
+from captioning.learning.new_words import with_new_words
+from captioning.learning.optimizer import build_optimizer
+from captioning.learning.options import TrainConfig, parse_args
+from captioning.learning.reward import CiderD
+from captioning.learning.run import Run
+from captioning.learning.sources import prepare_images
+from captioning.networks.backbones import input_settings
+from captioning.scoring.evaluation import evaluate_split
+from data_loader import CaptionDataset, ImageDataset, get_loader
+from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
-# ---------------------------------------------------------------------------- one epoch
+VAL_BATCH_SIZE = 512  # captions
+FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
 
 
-def train_one_epoch(run: Run, after_update):
-    """Train on every caption once; after an interruption, on the remaining ones of the epoch.
+# ---------------------------------------------------------------------------- building a run
 
-    Calls `after_update(gradient_norm)` after each optimizer step.
+
+def build_run(config: TrainConfig) -> Run:
+    """Read the captions, build vocabulary and model, and extract features, or resume.
+
+    With torchrun, every process builds a run, trains on its part of each batch, and rank 0 writes.
+    Raises ValueError or OSError, with a sentence that says what is wrong and what to do, before
+    anything of an earlier run in --out is changed.
     """
-    config, progress, loader = run.config, run.progress, run.train_loader
-    epoch, steps = progress.epoch, len(loader)
-    run.loss.train()
-    loader.batch_sampler.set_epoch(epoch, progress.step)
-    # This seeds the random crops in the worker processes.
-    loader.generator.manual_seed(hash((config.seed, epoch, progress.step, rank_and_world_size())))
-    run.optimizer.zero_grad()
-    targets, start = 0, time.perf_counter() - progress.seconds
-    bar = tqdm(
-        loader,
-        f"epoch {epoch + 1}/{config.epochs}",
-        initial=progress.step,
-        total=steps,
-        unit="batch",
-        leave=False,
-        file=sys.stdout,
-        mininterval=1,
-        disable=not show_progress(),
-    )
-    for batch in bar:
-        loss, tokens, *rewards = run.loss(*batch)
-        loss.backward()  # gradients are summed over the batches of an update
-        progress.totals += to_float64(torch.stack([loss.detach(), tokens, *rewards]))
-        targets = targets + tokens
-        progress.step += 1
-        if progress.step % config.batches_per_update and progress.step < steps:
-            continue
-        done = (epoch + progress.step / steps) / config.epochs
-        norm = update(run, targets, schedule(done, config.schedule))
-        progress.seconds = time.perf_counter() - start
-        targets = 0
-        if progress.step % 20 == 0:  # not in every step, because item() synchronizes a GPU
-            bar.set_postfix({k: f"{v:.3f}" for k, v in training_means(progress.totals).items()})
-        after_update(norm)
-
-
-def update(run: Run, targets, factor):
-    """An optimizer step with the mean gradient over the targets of all ranks; returns its norm.
-
-    targets: their number on this rank. factor: of the maximum learning rate of each group.
-    """
-    _, world_size = rank_and_world_size()
-    scale = world_size / all_reduce_sum(targets)  # DDP has averaged the gradients over the ranks
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        parameter.grad.mul_(scale)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.grad_clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = group["max_lr"] * factor
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return norm
-
-
-def schedule(progress: float, shape="one-cycle") -> float:
-    """One cycle (Smith & Topin, 2017): linear increase over a tenth of the run, cosine decay to 0.
-
-    progress: 0 at the start of the run, 1 at its end. shape: "constant" returns 1 instead.
-    Returns a factor between 0 and 1.
-    """
-    if shape == "constant":
-        return 1.0
-    progress = min(progress, 1.0)
-    if progress < 0.1:
-        return progress / 0.1
-    return 0.5 * (1 + math.cos(math.pi * (progress - 0.1) / 0.9))
-
-
-def training_means(totals) -> dict:
-    """The mean loss per target, and its perplexity or the mean reward of the sampled captions.
-
-    totals: sums of what the loss returned, see `TeacherForcing` and `SelfCritical`.
-    """
-    loss, tokens, *rewards = totals.tolist()
-    if not rewards:
-        return {"train_loss": loss / tokens, "train_perplexity": perplexity(loss, tokens)}
-    reward, samples = rewards
-    return {"train_loss": loss / tokens, "train_reward": reward / samples}
-
-
-def training_results(run: Run) -> dict:
-    """The training results of an epoch, for its line of the history."""
-    progress, captions = run.progress, len(run.train_loader.dataset)
-    seconds = max(progress.seconds, 1e-3)  # an old checkpoint at the end of an epoch has none
-    return {
-        "epoch": progress.epoch + 1,
-        **training_means(all_reduce_sum(progress.totals)),
-        "captions_per_second": round(captions / seconds, 1),
-        "seconds": round(seconds, 1),
-    }
-
-
-def end_epoch(run: Run, training: dict):
-    """Validate, add a line to the history, save and print it; training: the training results."""
-    progress = run.progress
-    progress.history.append(training | validate(run))
-    check_finite(progress.history[-1]["val_loss"])
-    progress.step, progress.totals = 0, torch.zeros_like(progress.totals)
-    progress.seconds = 0.0
-    save_run(run)
-    print0(describe_epoch(progress.history[-1]))
-
-
-def validate(run: Run) -> dict:
-    """The validation results of the model, for a line of the history."""
-    # The statistics of BatchNorm that training updates, on each rank from its own batches.
-    encoder = run.model.encoder
-    broadcast_buffers(encoder if run.config.fine_tune == "all" else encoder.norm)
-    nll, tokens = evaluate_loss(run.model, run.val_loader)
-    results = {"val_loss": nll / tokens, "val_perplexity": perplexity(nll, tokens)}
-    if run.config.best_by == "cider":
-        metrics = score_captions(run.model, run.val_loader)
-        results |= {
-            "val_cider": metrics["CIDEr-D"],
-            "val_distinct": metrics["distinct"],
-            "val_bad_endings": metrics["bad endings"],
-        }
-    return results
-
-
-# ---------------------------------------------------------------------------- the run
-
-
-def fit(run: Run, after_epoch=None) -> list[dict]:
-    """Train up to `config.epochs`, or until validation stops improving; returns the history.
-
-    after_epoch: called with the run after each epoch, for example to caption an image.
-
-    Saves a checkpoint after every epoch and every `save_every` batches; Ctrl-C loses the progress
-    since the last one. SIGTERM, which Slurm sends before it kills a job, saves one at once.
-    """
-    config, progress = run.config, run.progress
-    rank, _ = rank_and_world_size()
-    saved = progress.epoch
-    with lock_run_dir(Path(config.out), rank), stop_on_sigterm() as stop:
-        prepare_run_dir(run)
-        try:
-            if config.init_from and not progress.history:  # the model that this run starts from
-                end_epoch(run, {"epoch": 0, **signature_of(run.reward)})
-            while not is_finished(progress, config):
-                train_one_epoch(run, lambda norm: save_if_due(run, norm, stop))
-                end_epoch(run, training_results(run))
-                saved = progress.epoch
-                if after_epoch:
-                    after_epoch(run)
-            if progress.epoch < config.epochs:
-                print0(f"Stopped: no better validation for {config.patience} epochs.")
-        except KeyboardInterrupt:
-            print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
-            raise
-    return progress.history
-
-
-def signature_of(reward) -> dict:
-    """{"reward": what it is} of self-critical training, else nothing."""
-    return {"reward": reward.signature} if reward else {}
-
-
-def is_finished(progress, config) -> bool:
-    history = progress.history
-    stalled = history and len(history) - 1 - best_epoch(history, config.best_by) >= config.patience
-    return progress.epoch >= config.epochs or bool(stalled)
-
-
-def save_if_due(run: Run, norm, stop):
-    """Save if a save is due by `save_every`, or after SIGTERM; then raise SystemExit."""
-    config, step = run.config, run.progress.step
-    stopping = must_stop(run, stop)
-    due = config.save_every > 0 and step % config.save_every < config.batches_per_update
-    if stopping or due:
-        check_finite(norm)
-        save_run(run)
-    if stopping:
-        print0(f"\nTerminated, saved after batch {step}. Continue with --resume.")
-        raise SystemExit(128 + signal.SIGTERM)
-
-
-def must_stop(run: Run, stop) -> bool:
-    """Whether any rank has received SIGTERM. Ranks synchronize every tenth update."""
-    if rank_and_world_size()[1] == 1:
-        return stop.is_set()
-    every = run.config.batches_per_update
-    due = run.progress.step % (10 * every) < every
-    return due and all_reduce_sum(run.progress.totals.new_tensor(stop.is_set())).item() > 0
-
-
-def check_finite(value):
-    """Raise ValueError for NaN or infinity, before a diverged model replaces a good checkpoint."""
-    if not math.isfinite(value):
-        raise ValueError(
-            "the loss is not finite: start again with a lower --learning-rate (and --overwrite)"
+    device = pick_device(config.device)
+    resolve_precision(device, config.precision)  # raises if it is not supported
+    if config.deterministic:
+        use_deterministic_algorithms()
+    earlier = find_earlier_run(config)
+    train_data = CocoCaptions(config.train_images, config.train_captions)
+    val_data = CocoCaptions(config.val_images, config.val_captions)
+    lock = lock_run_dir(config.out)
+    try:
+        torch.manual_seed(config.seed)
+        model = build_model(config, train_data).to(device)
+        train_set, val_set = build_datasets(config, model, train_data, val_data)
+        source = model.card if config.init_from else None
+        model.card = training_card(config, train_set.data, val_set.data, source)
+        run = Run(
+            config,
+            model,
+            build_loss(config, model, train_set),
+            build_optimizer(model, config),
+            *build_loaders(config, train_set, val_set),
+            val_images=ImageDataset(val_set.data, val_set.transform, val_set.features),
+            data_digest=digest_of(train_set.data, val_set.data),
+            lock=lock,
         )
+        # Another seed on every rank, so that their dropout masks and samples differ.
+        torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
+        if earlier:
+            restore(run, earlier)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+    warn_about_few_updates(run)
+    return run
 
 
-def describe_epoch(line) -> str:
-    """A line of the history as text; epoch 0 has no training results."""
-    parts = {
-        "epoch": "epoch {:3d}",
-        "train_loss": "train loss {:.3f}",
-        "train_perplexity": "perplexity {:.2f}",
-        "train_reward": "reward {:.3f}",
-        "val_loss": "val loss {:.3f}",
-        "val_perplexity": "perplexity {:.2f}",
-        "val_cider": "CIDEr-D {:.3f}",
-        "val_distinct": "distinct {:.1%}",
-        "val_bad_endings": "bad endings {:.1%}",
-        "captions_per_second": "{:.0f} captions/s",
-    }
-    return "  ".join(text.format(line[name]) for name, text in parts.items() if name in line)
+def build_model(config, train_data) -> CaptionModel:
+    """A new model with the vocabulary of the training captions, or that of `config.init_from`.
+
+    The latter keeps its words and their indices. Training with cross-entropy adds the words that
+    it lacks; self-critical training does not, because the samples would not contain them.
+    """
+    counts = tokenize_all(train_data.all_captions, config.cache_dir).counts()
+    if config.init_from is None:
+        vocab = Vocabulary.from_counts(counts, config.min_word_freq)
+        return CaptionModel(vocab, config.model_config(), config.weights)
+    source = CaptionModel.from_checkpoint(config.init_from)
+    different = [
+        f"{name} {getattr(source.config, name)}, not {getattr(config, name)}"
+        for name in names_with(ModelConfig, "fits")
+        if getattr(source.config, name) != getattr(config, name)
+    ]
+    if different:
+        raise ValueError(
+            f"the model in {config.init_from} has {'; '.join(different)}: leave such options out"
+        )
+    if config.weights not in (None, "DEFAULT"):
+        print0(f"The weights of the CNN are those in {config.init_from}, not {config.weights}.")
+    vocab = source.vocab
+    if config.loss == "cross-entropy":
+        vocab = vocab.extended(counts, config.min_word_freq)
+    model = CaptionModel(vocab, config.model_config(), weights=None)
+    model.load_state_dict(with_new_words(source.state_dict(), len(vocab) - len(source.vocab)))
+    model.card = source.card
+    return model
 
 
-def report(run: Run, beam_size=3) -> dict:
-    """Evaluate best.pt on the validation images; returns the metrics and writes metrics.json."""
-    barrier()  # best.pt is complete when rank 0 gets here
-    best = Path(run.config.out) / "best.pt"
-    model = CaptionModel.from_checkpoint(best, run.model.device)
-    captions = run.train_loader.dataset.data.all_captions
-    metrics = {"split": "validation", "precision": run.precision}
-    metrics |= signature_of(run.reward)
-    metrics |= evaluate_captions(model, run.val_loader, captions, beam_size)
-    if rank_and_world_size()[0] == 0:
-        write_text(Path(run.config.out) / "metrics.json", json.dumps(metrics, indent=2))
-    return metrics
+def build_datasets(config, model, train_data, val_data):
+    """The training and validation captions with the features of their images, or with the images
+    themselves if a part of the CNN is trained.
+    """
+    settings = input_settings(config.backbone, config.image_size)
+    transforms = train_transform(**settings), model.transform
+    prepared = prepare_images(config, model, train_data, val_data)
+    return [
+        CaptionDataset(data, model.vocab, transform, features, config.cache_dir)
+        for transform, (data, features) in zip(transforms, prepared, strict=True)
+    ]
+
+
+def build_loaders(config, train_set, val_set):
+    rank, world_size = rank_and_world_size()
+    options = {"rank": rank, "world_size": world_size}
+    if config.fine_tune != "none":
+        options["num_workers"] = config.num_workers
+    batch_size = config.batch_size
+    if config.group_images:  # all captions of an optimizer step
+        batch_size *= config.grad_accum_steps
+    grouped = {"group_images": config.group_images, "seed": config.seed}
+    return (
+        get_loader(train_set, "train", batch_size, **grouped, **options),
+        get_loader(val_set, "val", VAL_BATCH_SIZE, **options),
+    )
+
+
+def build_loss(config, model, train_set):
+    if config.loss == "cross-entropy":
+        return TeacherForcing(model, config.label_smoothing)
+    ids = map(train_set.caption, range(len(train_set)))
+    references = [[next(ids).tolist() for _ in captions] for captions in train_set.data.captions]
+    return SelfCritical(model, CiderD(references), config.samples, config.xe_weight)
+
+
+def warn_about_few_updates(run: Run):
+    updates = run.config.epochs * -(-len(run.train_loader) // run.config.batches_per_update)
+    if updates < FEW_UPDATES and run.config.init_from is None:
+        print0(
+            f"The run has only {updates} optimizer steps, which is hardly enough: with so few "
+            "captions try --batch-size 8 --grad-accum-steps 1, and more --epochs."
+        )
 
 
 # ---------------------------------------------------------------------------- command line
 
 
-def error_message(error) -> str | None:
-    """The message for an error caused by the user or the machine; None for a bug."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        if "DataLoader worker (pid" not in text:
-            return None
-        return (
-            f"a data-loader worker ended unexpectedly ({text.splitlines()[0]}), perhaps for lack "
-            "of memory: use fewer --num-workers; --resume continues from what was saved"
-        )
-    # PyTorch prepends the traceback to an exception that was raised in a worker.
-    return text.splitlines()[-1] if text.startswith("Caught ") else text
+def report(run: Run) -> dict:
+    """Evaluate best.pt on the validation images; returns the metrics and writes metrics.json."""
+    barrier()  # best.pt is complete when rank 0 gets here
+    out = Path(run.config.out)
+    model = CaptionModel.from_checkpoint(out / "best.pt", run.model.device)
+    captions = run.train_loader.dataset.data.all_captions
+    metrics = {"split": "validation", "precision": run.precision}
+    metrics |= evaluate_split(model, run.val_loader, run.val_images, captions)[0]
+    if rank_and_world_size()[0] == 0:
+        write_text(out / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics
 
 
 def main(arguments=None) -> int:
-    try:
+    def command():
         config = parse_args(arguments)
         with process_group(pick_device(config.device)):
             run = build_run(config)
             print0(
-                f"{len(run.train_loader.dataset.data)} training and "
-                f"{len(run.val_loader.dataset.data)} validation images, {len(run.model.vocab)} "
-                f"words, {run.precision} on {run.model.device}"
+                f"{len(run.train_loader.dataset.data)} training and {len(run.val_images)} "
+                f"validation images, {len(run.model.vocab)} words, {run.precision} on "
+                f"{run.model.device}"
             )
             fit(run)
             print0(json.dumps(report(run), indent=2))
-    except (ValueError, OSError, RuntimeError) as error:
-        message = error_message(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

@@ -51,24 +51,29 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-@contextlib.contextmanager
-def file_lock(path, wait=True):
-    """Hold an exclusive lock on `path`, which is created if necessary.
+def acquire_lock(path, wait=True) -> FileLock:
+    """An exclusive lock on `path`, held until its `release()` or the end of the process.
 
-    The operating system releases it when the process ends, however it ends. With `wait=False`,
-    raises BlockingIOError if another process holds the lock.
+    With `wait=False`, raises TimeoutError if another process holds it.
     """
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if not wait:
-            raise BlockingIOError(f"{path} is locked by another process") from None
+            raise
         print(f"Waiting for another process that holds {path}", flush=True)
         lock.acquire()
     except OSError as error:  # some cluster file systems have no locks: there, nothing is locked
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
+    return lock
+
+
+@contextlib.contextmanager
+def file_lock(path):
+    """Hold `acquire_lock(path)` during a `with` block."""
+    lock = acquire_lock(path)
     try:
         yield
     finally:

@@ -9,88 +9,65 @@ At each step the log-probabilities of the models are averaged, inside one beam s
 import contextlib
 
 import torch
+from torch import nn
 
-from captioning.decoding import search as decoding
-from captioning.learning.losses import cross_entropy
-from captioning.networks.layers import eval_mode
-from model import CaptionModel
+from captioning.base.modules import eval_mode
+from captioning.decoding.captioner import Captioner
+from captioning.decoding.decoded import Decoded
+from captioning.decoding.generate import generate
 
 
-class Ensemble:
-    """Captions images with several models, whose encoders may differ.
+class Ensemble(Captioner, nn.Module):
+    """Captions and scores images as one model. The encoders of its `models` may differ.
+
+    Where a `CaptionModel` has a batch of images or features, an ensemble has a tuple with one for
+    each of its models.
 
     Raises ValueError if the vocabularies differ, or if there is no model.
     """
 
-    def __init__(self, models: list[CaptionModel]):
-        self.models = list(models)
-        if not self.models:
+    def __init__(self, models):
+        super().__init__()
+        if not models:
             raise ValueError("an ensemble needs at least one model")
-        if any(model.vocab.words != self.models[0].vocab.words for model in self.models):
+        if any(model.vocab.words != models[0].vocab.words for model in models):
             raise ValueError("the models of an ensemble must have the same vocabulary")
-        self.vocab = self.models[0].vocab
+        self.models, self.vocab = nn.ModuleList(models), models[0].vocab
         self.decoder = EnsembleDecoder(
-            [model.decoder for model in self.models], [model.autocast for model in self.models]
+            [model.decoder for model in models], [model.autocast for model in models]
         )
 
     @property
     def device(self):
         return self.models[0].device
 
-    @contextlib.contextmanager
-    def inference(self):
-        """Evaluation mode of all models, without gradients."""
-        with contextlib.ExitStack() as stack:
-            for model in self.models:
-                stack.enter_context(eval_mode(model))
-            # An outer context keeps the weights that autocast has converted from step to step.
-            stack.enter_context(self.models[0].autocast())
-            yield
+    def autocast(self):
+        # An outer context keeps the weights that autocast has converted from step to step.
+        return self.models[0].autocast()
 
-    def encode(self, images, precomputed=False) -> tuple:
-        """A batch for each model, as in `CaptionModel.encode` -> the memory of `self.decoder`."""
-        memory = []
-        for model, batch in zip(self.models, images, strict=True):
+    def preprocess(self, images) -> tuple:
+        """A list of images -> a batch for each model. Raises BadImageError."""
+        return tuple(model.preprocess(images) for model in self.models)
+
+    def encode(self, images=None, features=None) -> tuple:
+        """A batch for each model, as in `CaptionModel.encode` -> what `self.decoder` takes."""
+        nothing, encoded = [None] * len(self.models), []
+        for model, *own in zip(self.models, images or nothing, features or nothing, strict=True):
             with model.autocast():
-                batch = batch.to(model.decoder.linear.weight)  # device and dtype
-                memory.append(model.encode(batch, precomputed))
-        return tuple(memory)
+                encoded.append(model.encode(*own))
+        return tuple(encoded)
 
-    def generate(self, images, precomputed=False, **options) -> decoding.Decoded:
-        """Captions as token ids. images: a batch for each model, as in `CaptionModel.generate`."""
-        with self.inference():
-            return decoding.generate(self.decoder, self.encode(images, precomputed), **options)
-
-    def evaluate_loss(self, loaders) -> tuple[float, int]:
-        """(total negative log-likelihood in nats, number of targets) under teacher forcing.
-
-        loaders: for each model a `val_loader` of the same captions, with the features for it.
-        """
-        total, count = 0.0, 0
-        with self.inference():
-            for batches in zip(*loaders, strict=True):
-                memory = self.encode([images for images, *_ in batches], precomputed=True)
-                nll, tokens = cross_entropy(self, memory, *batches[0][1:])
-                total, count = total + nll.item(), count + int(tokens)
-        return total, count
-
-    def preprocess(self, images):
-        """A list of images -> a batch for each model."""
-        return [model.preprocess(images) for model in self.models]
-
-    def concatenate(self, batches):
-        """Several results of `preprocess` as one."""
-        return [torch.cat(of_model) for of_model in zip(*batches, strict=True)]
-
-    decode, caption = CaptionModel.decode, CaptionModel.caption
-    attention_maps = staticmethod(CaptionModel.attention_maps)
+    def generate(self, images=None, features=None, **options) -> Decoded:
+        """Captions as token ids; see `CaptionModel.generate`."""
+        with eval_mode(self), self.autocast():
+            return generate(self.decoder, self.encode(images, features), **options)
 
 
 class EnsembleDecoder:
-    """Several decoders as one: the mean of their log-probabilities, normalized again by the beam.
+    """Several decoders as one: the mean of their log-probabilities, normalized again by the search.
 
-    Its memory is a tuple with the memory of each decoder. The attention is the mean of those of
-    the decoders, or None if one has none or their numbers of positions differ.
+    Features, memory and state are tuples with those of each decoder. The attention is the mean of
+    those of the decoders, or None if one has none or their numbers of positions differ.
 
     contexts: for each decoder, a function that returns the context in which it runs, such as
         `CaptionModel.autocast`; None: no context.
@@ -100,13 +77,16 @@ class EnsembleDecoder:
         self.decoders = list(decoders)
         self.contexts = contexts or [contextlib.nullcontext] * len(self.decoders)
 
-    def __call__(self, memory, captions, positions=None, image_index=None):
-        """Teacher forcing, as `DecoderRNN.forward`: the log-probabilities of all models."""
-        own = ((m, captions, positions, image_index) for m in memory)
-        return mean_log_probs(self._each("forward", own))
+    def memory(self, features):
+        return self._each("memory", zip(features, strict=True))
 
     def init_state(self, memory):
         return self._each("init_state", zip(memory, strict=True))
+
+    def predict(self, memory, captions, image_index=None, targets=None):
+        """Teacher forcing, as `Decoder.predict`: the mean log-probabilities."""
+        own = ((m, captions, image_index, targets) for m in memory)
+        return mean_log_probs(self._each("predict", own))
 
     def step(self, tokens, state, memory):
         own = ((tokens, *pair) for pair in zip(state, memory, strict=True))

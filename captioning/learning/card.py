@@ -1,16 +1,12 @@
 """The model card: what a model was trained on, a plain dict in every checkpoint.
 
 card = CaptionModel.from_checkpoint("runs/x/best.pt").card
-card["summary"]             # "trained on synthetic scenes; knows nothing of photographs"
+card["summary"]             # "trained on 6,091 images with 30,455 captions: .."
 """
 
 from datetime import date
 from pathlib import Path
 
-from captioning.scenes import synthetic
-
-NOT_RECORDED = {"summary": "no model card; nothing is recorded about the training data"}
-SYNTHETIC_SUMMARY = "trained on synthetic scenes; knows nothing of photographs"
 LIMITATIONS = (
     "Captions may be wrong, also those with a high score. The model can describe only what the "
     "training images and captions contain, in the words of its vocabulary, and repeats the biases "
@@ -27,8 +23,6 @@ def training_card(config, train_data, val_data, source=None) -> dict:
     """
     data = {"name": train_data.description, **_size(train_data)}
     summary = "trained on {images:,} images with {captions:,} captions: {name}".format(**data)
-    if train_data.description == synthetic.DESCRIPTION:
-        summary = SYNTHETIC_SUMMARY
     card = {"summary": summary, "data": data, "encoder": _encoder(config)}
     if source is not None:
         card["initialized from"] = source["summary"]
@@ -49,17 +43,6 @@ def with_results(card: dict, history: list) -> dict:
     return card | {"date": date.today().isoformat(), "validation": validation}
 
 
-def card_of(checkpoint: dict) -> dict:
-    """The card of a checkpoint, or NOT_RECORDED for one that was written before there were cards.
-
-    Raises TypeError if the card is not a dict with a summary.
-    """
-    card = checkpoint.get("card", NOT_RECORDED)
-    if not isinstance(card, dict) or not isinstance(card.get("summary"), str):
-        raise TypeError("its model card is not a dict with a summary")
-    return dict(card)
-
-
 def _size(data) -> dict:
     return {"images": len(data), "captions": len(data.all_captions)}
 
@@ -73,8 +56,6 @@ def _licence(config) -> str:
     """The licence of the pre-trained weights of the CNN, as far as it is known."""
     if config.weights is None:
         return "none: the weights were random"
-    if Path(config.weights).name == "encoder.pt":
-        return "MIT, as this project; pre-trained on synthetic scenes"
     if config.backbone.startswith("timm/tf_efficientnet_lite"):
         return "Apache License 2.0 (Google's weights, trained on ImageNet)"
     if Path(config.weights).is_file():

@@ -1,150 +1,81 @@
-"""The options of a model and of a training run, for the notebooks and the command line.
+"""The options of a training run, for the notebooks and the command line.
 
-config_for("synthetic", find_splits("synthetic", "data/synthetic"), out="runs/x", epochs=3)
+config_for("synthetic", prepare_splits("synthetic", "data/synthetic"), out="runs/x", epochs=3)
 parse_args(["--train-images", "train2017", ...])
 """
 
 import argparse
-import ast
-import inspect
-import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 
-from captioning.base.distributed import PRECISIONS
-from captioning.learning.checkpoint import config_and_words, load_safely
-
-CHOICES = {
-    "precision": PRECISIONS,
-    "inject": ("pre", "par", "init", "attend"),
-    "best_by": ("loss", "cider"),
-    "loss": ("cross-entropy", "self-critical"),
-    "fine_tune": ("none", "last", "all"),
-    "schedule": ("one-cycle", "constant"),
-}
-AT_LEAST_1 = (
-    "image_size",
-    "embed_size",
-    "hidden_size",
-    "num_layers",
-    "num_heads",
-    "epochs",
-    "batch_size",
-    "grad_accum_steps",
-    "min_word_freq",
-)
-AT_LEAST_0 = ("patience", "save_every", "num_workers", "crops", "weight_decay", "xe_weight", "seed")
-FRACTIONS = ("dropout", "feature_dropout", "label_smoothing")
-ABOVE_0 = ("learning_rate", "backbone_learning_rate", "grad_clip")
-
-
-# The options of a model that its weights fit, and those that say what it is shown.
-ARCHITECTURE = (
-    "backbone",
-    "embed_size",
-    "image_norm",
-    "hidden_size",
-    "num_layers",
-    "inject",
-    "num_heads",
-)
-INPUT = ("image_size", "flip", "no_image")
-
-
-@dataclass(kw_only=True)
-class ModelConfig:
-    """The architecture: everything but the words and the weights."""
-
-    backbone: str = "resnet50"  # a network of torchvision ("quantized_*" use int8), or timm/NAME
-    image_size: int | None = None  # side of the square input in pixels; none: the network's own
-    flip: bool = False  # use the features of each image and of its horizontal flip too
-    no_image: bool = False  # replace the features by zeros: the no-image baseline
-    fine_tune: str = "none"  # what to train of the CNN: none, its last stage, or all (slow)
-    embed_size: int = 256  # size of the word and image embeddings
-    image_norm: bool = False  # batch normalization of the image embedding (with init, pre: True)
-    hidden_size: int = 512  # size of the LSTM state
-    num_layers: int = 1  # LSTM layers
-    dropout: float = 0.2  # on the word embeddings and the LSTM outputs
-    feature_dropout: float = 0.0  # on the features of the CNN
-    inject: str = "par"  # how the image enters the LSTM: par, pre, init or attend
-    num_heads: int = 1  # attention heads (of inject attend)
-    precision: str = "auto"  # auto (bfloat16 where the hardware accelerates it), float32, bfloat16
+from captioning.base.checkpoints import load_checkpoint
+from captioning.base.options import add_arguments, names_with, option
+from captioning.networks.config import ModelConfig
 
 
 @dataclass(kw_only=True)
 class TrainConfig(ModelConfig):
-    """Everything a run depends on; the command line's flags are these fields."""
+    """Everything that a run depends on; the command line's flags are these fields.
 
-    train_images: str  # folder of the training images
-    train_captions: str  # their captions, a JSON file in COCO's format
-    val_images: str  # folder of the validation images
-    val_captions: str  # their captions
-    out: str  # folder for checkpoints, history and metrics
-    weights: str | None = "DEFAULT"  # of the CNN: torchvision's name, a state dict's path, or none
-    min_word_freq: int = 5  # words that occur less often in the training captions become <unk>
+    `may_change`: options that may differ when a run is resumed; another value of any other option
+    would make it another run.
+    """
+
+    train_images: str = option(help="folder of the training images", may_change=True)
+    train_captions: str = option(
+        help="their captions, a JSON file in COCO's format", may_change=True
+    )
+    val_images: str = option(help="folder of the validation images", may_change=True)
+    val_captions: str = option(help="their captions", may_change=True)
+    out: str = option(help="folder for checkpoints, history and metrics", may_change=True)
+    weights: str | None = option(
+        "DEFAULT", "of the CNN: torchvision's name, a state dict's path, or none"
+    )
+    min_word_freq: int = option(5, "rarer words of the training captions become <unk>", at_least=1)
     # training
-    epochs: int = 10  # passes over all training captions
-    crops: int = 0  # random crops of each training image whose features are used too
-    batch_size: int = 64  # captions per batch, all of similar length
-    grad_accum_steps: int = 2  # batches per optimizer step, which mixes lengths
-    learning_rate: float = 2e-3  # maximum of the schedule (AdamW)
-    backbone_learning_rate: float = 3e-5  # the same for the part of the CNN that is trained
-    schedule: str = "one-cycle"  # of the learning rate: one-cycle or constant
-    weight_decay: float = 0.01  # of weight matrices; biases and embeddings do not decay
-    grad_clip: float = 5.0  # maximum norm of the gradient
-    patience: int = 4  # stop after this number of epochs without improvement
-    best_by: str = "loss"  # criterion of the best epoch on validation: loss or cider
-    init_from: str | None = None  # checkpoint to start from; it has defaults, see FINE_TUNING
-    loss: str = "cross-entropy"  # cross-entropy, or self-critical with the defaults SELF_CRITICAL
-    label_smoothing: float = 0.0  # of the cross-entropy's targets
-    samples: int = 5  # captions sampled per image in self-critical training
-    xe_weight: float = 0.0  # of the cross-entropy that is added to the self-critical loss
-    seed: int = 0  # of initialization, data order and dropout
+    epochs: int = option(10, "passes over all training captions", at_least=1, may_change=True)
+    crops: int = option(0, "random crops of each training image to use too", at_least=0)
+    batch_size: int = option(64, "captions per batch", at_least=1)
+    grad_accum_steps: int = option(2, "batches per optimizer step, to mix lengths", at_least=1)
+    learning_rate: float = option(2e-3, "maximum of the schedule (AdamW)", above=0)
+    backbone_learning_rate: float = option(3e-5, "the same for the CNN, if it is trained", above=0)
+    schedule: str = option("one-cycle", "of the learning rate", choices=("one-cycle", "constant"))
+    weight_decay: float = option(0.01, "of weight matrices, not of embeddings", at_least=0)
+    grad_clip: float = option(5.0, "maximum norm of the gradient", above=0)
+    patience: int = option(
+        4, "stop after this number of epochs without improvement", at_least=0, may_change=True
+    )
+    best_by: str = option("loss", "criterion of the best epoch", choices=("loss", "cider"))
+    init_from: str | None = option(
+        None, "checkpoint to start from; its options are the defaults", may_change=True
+    )
+    loss: str = option("cross-entropy", "to minimize", choices=("cross-entropy", "self-critical"))
+    label_smoothing: float = option(0.0, "of the cross-entropy's targets", at_least=0, below=1)
+    samples: int = option(5, "captions per image in self-critical training", at_least=2)
+    xe_weight: float = option(0.0, "of cross-entropy in self-critical training", at_least=0)
+    seed: int = option(0, "of initialization, data order, dropout", at_least=0, below=2**32)
     # machine
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_workers: int = 0  # processes that load images
-    cache_dir: str = "runs/cache"  # folder for the features of the frozen CNN
-    skip_bad_images: bool = False  # exclude unreadable images and list them
-    overwrite: bool = False  # start again in a folder that contains an earlier run
-    resume: bool = False  # continue from last.pt in --out, if it exists
-    deterministic: bool = False  # bit-identical results on a GPU too, slower there
-    save_every: int = 0  # also save every N batches; 0: only after epochs
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
+    num_workers: int = option(0, "processes that load images", at_least=0, may_change=True)
+    cache_dir: str = option("runs/cache", "folder for features of the CNN", may_change=True)
+    skip_bad_images: bool = option(False, "exclude unreadable images and list them")
+    overwrite: bool = option(False, "start again in a folder with an earlier run", may_change=True)
+    resume: bool = option(False, "continue from last.pt in --out, if it exists", may_change=True)
+    deterministic: bool = option(False, "bit-identical results on a GPU too, slower there")
+    save_every: int = option(
+        0, "also save every N batches; 0: only after epochs", at_least=0, may_change=True
+    )
 
     def __post_init__(self):
-        for name in ("weights", "init_from", "image_size"):
-            if str(getattr(self, name)).lower() == "none":
-                setattr(self, name, None)
-        for names, valid, text in (
-            (AT_LEAST_1, lambda x: x >= 1, "at least 1"),
-            (AT_LEAST_0, lambda x: x >= 0, "at least 0"),
-            (ABOVE_0, lambda x: x > 0, "greater than 0"),
-            (FRACTIONS, lambda x: 0 <= x < 1, "at least 0 and less than 1"),
-            (("seed",), lambda x: x < 2**32, "less than 2**32"),
-            (("samples",), lambda x: x >= 2, "at least 2"),
-        ):
-            for name in names:
-                if getattr(self, name) is not None and not valid(getattr(self, name)):
-                    raise ValueError(f"{name} is {getattr(self, name)}, but must be {text}")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(choices)}"
-                )
-        if self.inject == "attend" and self.num_layers > 1:
-            raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
-        if self.no_image and self.fine_tune != "none":
-            raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
-        if self.crops and self.fine_tune == "all":
+        super().__post_init__()
+        if self.crops and self.fine_tune != "none":
             raise ValueError(
-                "crops are for cached features: with fine_tune all, every epoch has new random "
-                "crops, so leave crops at 0"
+                "crops are for cached features: with fine_tune, every epoch has new random crops, "
+                "so leave crops at 0"
             )
-        if self.loss == "self-critical":
-            self.check_self_critical()
-
-    def check_self_critical(self):
-        if self.init_from is None:
+        if self.loss == "self-critical" and self.init_from is None:
             raise ValueError("self-critical training starts from a trained model: give --init-from")
-        if self.dropout or self.feature_dropout or self.best_by != "cider":
+        dropout = self.dropout or self.feature_dropout
+        if self.loss == "self-critical" and (dropout or self.best_by != "cider"):
             raise ValueError(
                 "self-critical training requires --dropout 0, --feature-dropout 0 and --best-by "
                 "cider, which are its defaults"
@@ -164,24 +95,22 @@ class TrainConfig(ModelConfig):
         return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
 
-# Synthetic scenes are small and simple; all other datasets use the defaults above.
-PRESETS = {
-    "synthetic": {
-        "backbone": "mobilenet_v3_small",
-        "weights": "captioning/scenes/encoder.pt",
-        "image_size": 96,
-        "embed_size": 128,
-        "hidden_size": 256,
-        "dropout": 0.0,
-        "epochs": 8,
-        "batch_size": 32,
-        "grad_accum_steps": 1,
-        "learning_rate": 3e-3,
-    }
+# Synthetic scenes are small and simple.
+SCENES = {
+    "backbone": "mobilenet_v3_small",
+    "weights": "captioning/scenes/encoder.pt",
+    "image_size": 96,
+    "embed_size": 128,
+    "hidden_size": 256,
+    "dropout": 0.0,
+    "epochs": 8,
+    "batch_size": 32,
+    "grad_accum_steps": 1,
+    "learning_rate": 3e-3,
 }
 
 # A trained model continues on other images, of which there may be few.
-FINE_TUNING = {
+CONTINUE = {
     "learning_rate": 2e-4,
     "dropout": 0.5,
     "feature_dropout": 0.5,
@@ -204,38 +133,28 @@ SELF_CRITICAL = {
 
 
 def config_for(dataset, splits, out, **changes) -> TrainConfig:
-    """The config for one of `splits.DATASETS`, given its `find_splits`; `changes` override it.
+    """The config for a dataset by its name and the splits that `prepare_splits` returns.
 
-    What `defaults_of` returns overrides the preset of the dataset.
+    `changes` override the preset of the dataset and what `defaults_of` returns.
     """
     names = ("train_images", "train_captions", "val_images", "val_captions")
     files = [str(path) for split in ("train", "val") for path in splits[split]]
     options = {**dict(zip(names, files, strict=True)), "out": str(out)}
-    choices = (changes.get(name) for name in ("loss", "init_from", "inject"))
-    presets = PRESETS.get(dataset, {}) | defaults_of(*choices)
-    return TrainConfig(**{**options, **presets, **changes})
+    presets = SCENES if dataset == "synthetic" else {}
+    chosen = (changes.get(name) for name in ("loss", "init_from", "inject"))
+    return TrainConfig(**options | presets | defaults_of(*chosen) | changes)
 
 
 def defaults_of(loss, init_from=None, inject=None) -> dict:
     """The options whose defaults depend on the loss, the checkpoint to start from, or inject."""
     own = SELF_CRITICAL if loss == "self-critical" else {}
     if str(init_from).lower() != "none":
-        return (own or FINE_TUNING) | model_options_of(init_from)
+        config = load_checkpoint(init_from)["config"]
+        marked = names_with(ModelConfig, "fits") + names_with(ModelConfig, "sees")
+        return (own or CONTINUE) | {name: config[name] for name in marked}
     if inject in ("init", "pre"):  # they read the image once, and its scale matters
         return own | {"image_norm": True}
     return own
-
-
-def model_options_of(path) -> dict:
-    """The options ARCHITECTURE and INPUT of the model in a checkpoint.
-
-    None of them if the file contains no such model: `build_run` raises an error for it.
-    """
-    try:
-        config, _ = config_and_words(load_safely(path))
-        return {name: config[name] for name in (*ARCHITECTURE, *INPUT) if name in config}
-    except (OSError, LookupError, TypeError, AttributeError, ValueError):
-        return {}
 
 
 def parse_args(arguments=None) -> TrainConfig:
@@ -244,32 +163,7 @@ def parse_args(arguments=None) -> TrainConfig:
         description="Train an image captioning model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    texts = field_comments(ModelConfig) | field_comments(TrainConfig)
-    for field in fields(TrainConfig):
-        options = {"help": texts[field.name], "choices": CHOICES.get(field.name)}
-        if field.type in (bool, "bool"):
-            options = {"help": texts[field.name], "action": "store_true"}
-        elif field.default is MISSING:
-            options["required"] = True
-        else:
-            default = field.default
-            options |= {"default": default, "type": str if default is None else type(default)}
-            if field.type == int | None:
-                options["type"] = integer_or_none
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    add_arguments(parser, TrainConfig)
     first = parser.parse_args(arguments)
     parser.set_defaults(**defaults_of(first.loss, first.init_from, first.inject))
     return TrainConfig(**vars(parser.parse_args(arguments)))
-
-
-def integer_or_none(text):
-    return None if text.lower() == "none" else int(text)
-
-
-def field_comments(config_class) -> dict[str, str]:
-    """The comment behind each field of a dataclass in the source: its help text."""
-    lines = inspect.getsource(config_class).split("\n")
-    nodes = [
-        node for node in ast.parse("\n".join(lines)).body[0].body if isinstance(node, ast.AnnAssign)
-    ]
-    return {node.target.id: re.search(r"#\s*(.*)", lines[node.lineno - 1])[1] for node in nodes}

@@ -1,17 +1,18 @@
 """Caption metrics: perplexity, scores against the references, and diagnostics.
 
 perplexity(total_nll, tokens)
-scores, per_image = caption_scores(candidates, references, tokenize, TOKENIZER)
-diagnostics(candidates, training_captions, vocab.words, tokenize)
+scores, per_image = caption_scores(candidates, references)
+diagnostics(candidates, training_captions, len(vocab))
 """
 
 import math
-import shutil
 from statistics import mean
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+
+from captioning.base.tokens import TOKENIZER, tokenize
 
 # Words that end a caption only if it breaks off: "a man with a". A few are correct ("looks on"):
 # of 30,455 human captions of Flickr8k, 0.6 % end in one of these words.
@@ -55,19 +56,18 @@ def perplexity(total_nll: float, tokens: int) -> float:
     return math.exp(min(total_nll / tokens, 700.0))  # exp(710) overflows
 
 
-def unk_rate(captions, known, tokenize) -> float:
+def unk_rate(captions, known) -> float:
     """The fraction of the words in `captions` that are not in `known`; `<end>` is not counted."""
     words = [word for caption in captions for word in tokenize(caption)]
     return sum(word not in known for word in words) / max(len(words), 1)
 
 
-def caption_scores(candidates, references, tokenize, tokenizer_name, java=False):
+def caption_scores(candidates, references):
     """Score one generated caption per image against all of its references.
 
     candidates: list of str, one per image. references: for each image, a list of str.
-    tokenize: str -> list of words, for candidates and references. Its name, `tokenizer_name`, is
-        part of the result, because scores are comparable only under the same tokenization.
-    java: compute METEOR and SPICE too, which are Java programs (SPICE downloads its models).
+    Both are tokenized by `tokenize`, whose name is part of the result: scores are comparable only
+    under the same tokenization.
 
     BLEU-1..4 (Papineni et al., 2002) and ROUGE-L (Lin, 2004) are between 0 and 1, CIDEr-D (Vedantam
     et al., 2015) between 0 and 10; all are computed by pycocoevalcap, COCO's evaluation code.
@@ -89,30 +89,11 @@ def caption_scores(candidates, references, tokenize, tokenizer_name, java=False)
     scores["ROUGE-L"] = float(Rouge().compute_score(truth, result)[0])
     cider, per_image = Cider().compute_score(truth, result)
     scores["CIDEr-D"] = float(cider)
-    scores["tokenizer"] = tokenizer_name
-    if java:
-        scores |= java_scores(truth, result)
+    scores["tokenizer"] = TOKENIZER
     return scores, [float(score) for score in per_image]
 
 
-def java_scores(truth, result) -> dict:
-    """METEOR and SPICE, both between 0 and 1; None, and the reason, for one that cannot run."""
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.spice.spice import Spice
-
-    scores = {}
-    for name, scorer in (("METEOR", Meteor), ("SPICE", Spice)):
-        if shutil.which("java") is None:
-            scores |= {name: None, f"{name} left out": "there is no java command"}
-            continue
-        try:
-            scores[name] = float(scorer().compute_score(truth, result)[0])
-        except Exception as error:  # a subprocess or download failed: report the other scores
-            scores |= {name: None, f"{name} left out": f"{type(error).__name__}: {error}"}
-    return scores
-
-
-def diagnostics(candidates, training_captions, words, tokenize) -> dict:
+def diagnostics(candidates, training_captions, vocab_size) -> dict:
     """How varied the captions are, and how many are copies of training captions.
 
     distinct: number of different captions, as a fraction of all captions.
@@ -128,6 +109,6 @@ def diagnostics(candidates, training_captions, words, tokenize) -> dict:
         "copied from train": mean(caption in known for caption in captions),
         "bad endings": mean(not BAD_ENDINGS.isdisjoint(caption[-1:]) for caption in captions),
         "vocabulary used": len({word for caption in captions for word in caption}),
-        "vocabulary size": len(words),
+        "vocabulary size": vocab_size,
         "mean length": mean(map(len, captions)),
     }

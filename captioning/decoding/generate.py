@@ -1,0 +1,52 @@
+"""The options of decoding, and the function that all captions come from.
+
+decoded = generate(decoder, features, beam_size=3)
+decoded.tokens[:, 0]        # (B, L) the best caption of each image, up to <end>, then <pad>
+"""
+
+from dataclasses import dataclass
+
+from captioning.base.options import check_options, option
+from captioning.decoding.beam_search import LENGTH_PENALTY, beam_search
+from captioning.decoding.decoded import Decoded
+from captioning.decoding.sampling import sample
+
+
+@dataclass(kw_only=True)
+class DecodingOptions:
+    """How captions are generated: by beam search or, with a temperature, by sampling."""
+
+    beam_size: int | None = option(None, "prefixes per image; default: 3", at_least=1)
+    n_best: int = option(1, "captions per image, best first", at_least=1)
+    length_penalty: float = option(
+        LENGTH_PENALTY, "rank by log-probability / length ** this", at_least=0
+    )
+    max_len: int = option(20, "words of a caption, <end> included", at_least=1)
+    temperature: float = option(0.0, "above 0: sample words, without beam search", at_least=0)
+
+    def __post_init__(self):
+        check_options(self)
+        if self.temperature and not 1e-40 <= self.temperature <= 1e30:  # finite as a float32
+            raise ValueError("temperature must be 0 (no sampling), or between 1e-40 and 1e30")
+        if self.temperature and (self.beam_size or self.n_best > 1):
+            raise ValueError("a temperature samples words: it cannot be combined with a beam")
+        if self.beam_size is None and not self.temperature:
+            self.beam_size = max(3, self.n_best)
+        if self.beam_size and self.n_best > self.beam_size:
+            raise ValueError(f"n_best {self.n_best} needs a beam_size at least as large")
+
+
+def generate(decoder, features, generator=None, **options) -> Decoded:
+    """Captions of a batch of images.
+
+    features: what `decoder.memory` takes, one row per image. options: those of `DecodingOptions`,
+    which raises ValueError if they contradict each other. generator: a torch.Generator for
+    sampling.
+    """
+    options = DecodingOptions(**options)
+    memory = decoder.memory(features)
+    if options.temperature:
+        return sample(decoder, memory, options.max_len, options.temperature, generator)
+    return beam_search(
+        decoder, memory, options.beam_size, options.max_len, options.length_penalty, options.n_best
+    )

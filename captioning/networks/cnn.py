@@ -1,0 +1,109 @@
+"""The part of the encoder that is pre-trained: a CNN without its classifier.
+
+cnn = CNN("resnet50", weights="DEFAULT")
+cnn(images)                                             # (B, 1, 2048), pooled
+CNN("resnet50", weights="DEFAULT", pooled=False)(images)    # (B, 49, 2048), each position
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from captioning.base.device import resolve_precision
+from captioning.networks.backbones import build_backbone, input_settings, last_stage
+from captioning.networks.fusion import fuse_batch_norm
+
+FINE_TUNE = ("none", "last", "all")
+
+
+class CNN(nn.Module):
+    """A pre-trained network whose classifier is removed.
+
+    backbone: a network of torchvision, "timm/NAME", or an nn.Module of one's own, which returns
+        (B, C), or with `pooled=False` a map (B, C, H, W).
+    weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
+    pooled: one vector per image; otherwise one for each of the P positions of the last map.
+    image_size: side of the square input in pixels; None: the network's own.
+    flip: average the features of an image and of its horizontal flip.
+    fine_tune: which part is trained.
+        "none"  no part: it has no gradients
+        "last"  the last stage of the network, without its BatchNorms
+        "all"   the whole network, in train mode
+    Unless the whole network is trained, it stays in eval mode whatever `train()` is called with, so
+    that BatchNorm neither uses nor updates batch statistics.
+
+    Raises ValueError for an unknown backbone, weights that do not fit, an image size that the
+    network rejects, or a part that it does not have; ConnectionError if the weights cannot be
+    downloaded.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        weights="DEFAULT",
+        pooled=True,
+        image_size=None,
+        flip=False,
+        fine_tune="none",
+    ):
+        super().__init__()
+        if fine_tune not in FINE_TUNE:
+            raise ValueError(f"unknown fine_tune {fine_tune!r}; choose from {', '.join(FINE_TUNE)}")
+        network = build_backbone(backbone, weights, pooled, image_size)
+        # Convolutions are fastest in channels-last memory format, on CPUs and GPUs.
+        self.network = network.to(memory_format=torch.channels_last)
+        self.flip, self.pooled, self.fine_tune = flip, pooled, fine_tune
+        self.image_size = input_settings(backbone, image_size)["image_size"]
+        self.network.requires_grad_(fine_tune == "all")
+        if fine_tune == "last":
+            for parameter in last_stage(self.network, backbone):
+                parameter.requires_grad_(True)
+        try:
+            with torch.no_grad():
+                features = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{backbone} rejects images of size {self.image_size}: {error}"
+            ) from error
+        if not pooled and features.size(1) == 1:
+            raise ValueError(
+                f"{backbone} has no feature map for attention: its output for images of size "
+                f"{self.image_size} is a single vector; use another backbone, or inject par"
+            )
+        self.feature_size = features.size(2)
+        self.train()
+
+    def train(self, mode=True):
+        return super().train(mode and self.fine_tune == "all")
+
+    def forward(self, images):
+        """(B, 3, H, W) -> (B, P, C), the mean of the views of each image.
+
+        P is 1 if pooled, otherwise the number of positions in the last feature map.
+        """
+        return self.views(images).mean(1)
+
+    def views(self, images):
+        """(B, 3, H, W) -> (B, V, P, C), of each image and, with `flip`, of its flip: V = 2."""
+        maps = [self.network(images)]
+        if self.flip:
+            flipped = self.network(images.flip(3))
+            maps.append(flipped if self.pooled else flipped.flip(3))  # positions of the image
+        if self.pooled:
+            return torch.stack(maps, 1).unsqueeze(2)  # (B, V, 1, C)
+        return torch.stack([x.flatten(2).transpose(1, 2) for x in maps], 1)
+
+    def for_inference(self, precision="auto"):
+        """A copy in eval mode that computes the same function faster, within `autocast`.
+
+        In bfloat16, weights are converted here instead of by autocast in every batch: 7 % more
+        images per second with ResNet50 on a CPU.
+        """
+        cnn = copy.deepcopy(self).eval()
+        cnn.network = fuse_batch_norm(cnn.network)
+        if resolve_precision(next(self.parameters()).device, precision) == "bfloat16":
+            for layer in cnn.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.to(torch.bfloat16)
+        return cnn

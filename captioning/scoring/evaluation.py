@@ -1,0 +1,73 @@
+"""Evaluation of a split: teacher-forced loss, generated captions and their scores.
+
+model: a `CaptionModel` or an `Ensemble` in all of them. With torchrun, each rank evaluates its
+share of the split, and all ranks get the results.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch.utils.data import DataLoader
+
+from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
+from captioning.base.modules import eval_mode
+from captioning.decoding.generate import DecodingOptions
+from captioning.scoring.cross_entropy import cross_entropy
+from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
+
+
+def evaluate_loss(model, loader) -> tuple[float, int]:
+    """(total negative log-likelihood in nats, number of targets) over all captions of a loader.
+
+    loader: of `get_loader` in mode "val"; with torchrun, that of this rank.
+    """
+    total = torch.zeros(2, dtype=torch.float64)  # of the loss and of the number of targets
+    with eval_mode(model):
+        for batch in loader:
+            with model.autocast():
+                memory = model.decoder.memory(model.encode(batch.images, batch.features))
+                sums = cross_entropy(model, memory, batch.captions, batch.image_index)
+            total += torch.stack([sums["loss"], sums["targets"]]).cpu()
+    loss, targets = all_reduce_sum(total).tolist()
+    return loss, int(targets)
+
+
+def caption_split(model, images, batch_size=64, **options) -> list[str]:
+    """A generated caption for every image, in order.
+
+    images: a `data_loader.ImageDataset`. options: those of `DecodingOptions`.
+    """
+    rank, world_size = rank_and_world_size()
+    rows = range(rank, len(images), world_size)
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    captions = []
+    for batch in DataLoader(images, batch_sampler=batches, collate_fn=lambda batch: batch):
+        decoded = model.generate(batch.images, batch.features, **options)
+        captions += [best for best, *_ in model.decode(decoded)]
+    return interleave(gather(captions))
+
+
+def score(candidates, data, vocab, training_captions=()) -> dict:
+    """The scores of generated captions, one per image of `data`, and diagnostics."""
+    scores, _ = caption_scores(candidates, data.captions)
+    return {
+        "unk_rate": unk_rate(data.all_captions, set(vocab.words)),
+        **scores,
+        **diagnostics(candidates, training_captions, len(vocab)),
+    }
+
+
+def evaluate_split(model, loader, images, training_captions=(), **options):
+    """(perplexity, scores of the generated captions and diagnostics; the captions) of a split.
+
+    loader: of its captions, as in `evaluate_loss`. images: an `ImageDataset` of the same split.
+    options: those of `DecodingOptions`.
+    """
+    captions = caption_split(model, images, **options)
+    metrics = {
+        "images": len(images),
+        "perplexity": perplexity(*evaluate_loss(model, loader)),
+        **asdict(DecodingOptions(**options)),
+        **score(captions, images.data, model.vocab, training_captions),
+    }
+    return metrics, captions
