@@ -12,7 +12,7 @@ import torch
 from conftest import MakeFolder, command_line, flag, tiny_config
 from PIL import Image
 
-from captioning.data.splits import find_splits
+from captioning.data.splits import prepare_splits
 from model import EncoderCNN
 from train import main
 
@@ -319,13 +319,13 @@ def test_files_in_place_of_folders(dataset, captions_file, capsys, name):
 def test_unknown_dataset(tmp_path):
     """An unknown dataset is an error that lists the known ones."""
     with pytest.raises(ValueError, match="'coco2015'.*synthetic, coco2014, coco2017, folder"):
-        find_splits("coco2015", tmp_path)
+        prepare_splits("coco2015", tmp_path)
 
 
 def test_missing_coco(tmp_path):
     """If COCO is not in the folder, the error says what is missing there and what to do."""
     with pytest.raises(ValueError, match="captions_train2017.json.*DOWNLOAD"):
-        find_splits("coco2017", tmp_path)
+        prepare_splits("coco2017", tmp_path)
 
 
 # ---------------------------------------------------------------------------- PyTorch files
