@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from captioning.data.coco import CocoCaptions
 from captioning.data.features import extract_features
-from captioning.data.splits import find_splits
+from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
 from captioning.learning.run import build_run
 from captioning.networks.layers import eval_mode
@@ -67,7 +67,7 @@ def attention_shares(model, data, features) -> np.ndarray:
 
 def result(args, row, seed) -> dict:
     """The values of COLUMNS for a run, which is trained."""
-    splits = find_splits("synthetic", args.data)
+    splits = prepare_splits("synthetic", args.data)
     config = config_for(
         "synthetic",
         splits,

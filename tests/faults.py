@@ -31,7 +31,7 @@ import torch
 from conftest import command_line, tiny_config, write_dataset
 from test_checkpoint import assert_same_result
 
-from captioning.data.splits import find_splits
+from captioning.data.splits import prepare_splits
 from captioning.learning.checkpoint import load_safely
 from captioning.learning.options import config_for
 from train import main
@@ -402,7 +402,7 @@ def worker(folder):
 
 def memory(folder, epochs=20):
     """Resident memory after each of 20 epochs on the synthetic scenes, and a figure of it."""
-    splits = find_splits("synthetic", ROOT / "data/synthetic")
+    splits = prepare_splits("synthetic", ROOT / "data/synthetic")
     config = config_for(
         "synthetic",
         splits,
