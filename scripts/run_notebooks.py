@@ -30,33 +30,25 @@ NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "resul
 
 def execute(notebook, name):
     """Execute a notebook in place; an error ends the process with a message."""
-    cells = notebook.cells
-    with tqdm(cells, name, bar_format="{desc}, cell {n}/{total} [{elapsed}]", disable=None) as bar:
-        client = NotebookClient(
-            notebook,
-            kernel_name="python3",
-            resources={"metadata": {"path": ROOT}},
-            coalesce_streams=True,
-            record_timing=False,  # time stamps and widgets would differ after every execution
-            store_widget_state=False,
-            extra_arguments=["--log-level=40"],  # errors only
-            on_cell_start=lambda cell, cell_index: bar.update(cell_index + 1 - bar.n),
-        )
+    options = {"coalesce_streams": True, "extra_arguments": ["--log-level=40"]}  # errors only
+    # Time stamps and widgets would differ after every execution.
+    options |= {"record_timing": False, "store_widget_state": False}
+    total = len(notebook.cells)
+    with tqdm(None, name, total, bar_format="{desc}.ipynb, cell {n}/{total} [{elapsed}]") as bar:
+        options["on_cell_start"] = lambda cell, cell_index: bar.update(cell_index + 1 - bar.n)
         try:
-            client.execute()
+            NotebookClient(notebook, resources={"metadata": {"path": ROOT}}, **options).execute()
         except (CellExecutionError, DeadKernelError) as error:
             message = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # without colours
-            sys.exit(f"\nerror: in {name}.ipynb, cell {bar.n} of {len(cells)}:\n{message}")
-    for cell in filter(lambda cell: cell.cell_type == "code", cells):
+            sys.exit(f"\nerror: in {name}.ipynb, cell {bar.n} of {total}:\n{message}")
+    for cell in filter(lambda cell: cell.cell_type == "code", notebook.cells):
         # Of a progress bar that erased itself, the spaces remain.
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
-        for output in cell.outputs:
-            if "image/png" in output.get("data", {}):
-                kind, figure = compress(output.data.pop("image/png"))
-                output.data[kind] = figure
-                # The comment `# alt: ..` at the start of a cell, of one or several lines.
-                alt = re.match(r"# alt: (.*(?:\n#.*)*)", cell.source)
-                output.metadata = {kind: {"alt": alt[1].replace("\n#", "")}} if alt else {}
+        alt = re.match(r"# alt: (.*(?:\n#.*)*)", cell.source)  # a comment of one or several lines
+        for output in (o for o in cell.outputs if "image/png" in o.get("data", {})):
+            kind, figure = compress(output.data.pop("image/png"))
+            output.data[kind] = figure
+            output.metadata = {kind: {"alt": alt[1].replace("\n#", "")}} if alt else {}
 
 
 def compress(figure):
@@ -111,7 +103,7 @@ def main():
     photos = json.loads((folder / "photo_captions.json").read_text(encoding="utf-8"))
     pairs = report.pop("pairs")
     for key, value in (report | {"notebooks": out}).items():
-        print(f"  {key:24s} {round(value, 3) if isinstance(value, float) else value}")
+        print(f"  {key:24s}", round(value, 3) if isinstance(value, float) else value)
     for pair in pairs:
         print(f"\n  actual     {pair['actual']}\n  predicted  {pair['predicted']}")
     print("\nphotographs, captioned by photo_captioner.pt (caption.py captions your own):")

@@ -47,8 +47,7 @@ def download_coco(root, year=2017, first=None, base_url=BASE_URL):
     try:
         return {split: _download_split(f"{split}{year}", *args) for split in ("train", "val")}
     except OSError as error:
-        problem = f"the download to {root} failed ({error}); what is there is kept"
-        raise DownloadError(f"{problem}: free disk space, then run the same again") from error
+        raise DownloadError(f"{error}; free disk space and run again, it resumes") from error
 
 
 def _download_split(name, root, year, first, base_url):
@@ -132,7 +131,7 @@ def _append(url, part, tag_file):
         kind = headers.get("Content-Type", "")
         if size == offset or size > MAX_BYTES or kind.startswith("text/html"):
             problem = f"{url} has {size:,} bytes of type {kind!r}, the limit is {MAX_BYTES:,}"
-            raise DownloadError(f"{problem}: check the address, or sign in to the network first")
+            raise DownloadError(f"{problem}: check the address, or sign in to the network")
         part.parent.mkdir(parents=True, exist_ok=True)
         small = size < 2**25 or None  # None: a progress bar if the output is a terminal
         with open(part, "ab" if offset else "wb") as file:

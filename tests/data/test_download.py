@@ -301,7 +301,7 @@ def test_a_full_disk_while_unzipping_keeps_the_zip(tmp_path, server, monkeypatch
     tree = serve_coco(server)
     with monkeypatch.context() as patch:
         patch.setattr(zipfile.shutil, "copyfileobj", full)
-        with pytest.raises(DownloadError, match="No space left .* is kept: free disk space"):
+        with pytest.raises(DownloadError, match="No space left .*; free disk space"):
             get(server, tmp_path)
     assert names(tmp_path) == ["annotations_trainval2017.zip"]
     get(server, tmp_path)
