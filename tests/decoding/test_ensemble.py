@@ -6,8 +6,8 @@ import torch
 from conftest import calibrated_weights, supported
 
 from captioning.decoding.ensemble import Ensemble
-from captioning.learning.options import ModelConfig
-from model import CaptionModel
+from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
 
@@ -21,7 +21,7 @@ def random_model(seed, words=WORDS, **changes):
         "hidden_size": 16,
         "precision": "float32",
     }
-    model = CaptionModel(words, ModelConfig(**settings | changes), calibrated_weights())
+    model = CaptionModel(Vocabulary(words), ModelConfig(**settings | changes), calibrated_weights())
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()
@@ -53,11 +53,11 @@ def test_precision(photos):
 
 
 def test_converted_models(photos):
-    """Models converted to another data type caption as before, and keep their mode."""
+    """Models converted to another data type caption as before, in eval mode."""
     models = [random_model(seed, inject="par") for seed in (0, 1)]
     captions = Ensemble(models).caption(photos)
     assert Ensemble([models[0].double(), models[1].train()]).caption(photos) == captions
-    assert models[1].training and not models[0].training
+    assert not models[0].training and not models[1].training
 
 
 def test_attention_of_different_grids(photos):
