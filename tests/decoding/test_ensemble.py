@@ -6,13 +6,11 @@ import torch
 from conftest import calibrated_weights, supported
 
 from captioning.decoding.ensemble import Ensemble
-from captioning.learning.options import ModelConfig
-from model import CaptionModel
-
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
+from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
 
-def random_model(seed, words=WORDS, **changes):
+def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
     torch.manual_seed(seed)
     settings = {
         "backbone": "mobilenet_v3_small",
@@ -21,7 +19,8 @@ def random_model(seed, words=WORDS, **changes):
         "hidden_size": 16,
         "precision": "float32",
     }
-    model = CaptionModel(words, ModelConfig(**settings | changes), calibrated_weights())
+    vocab = Vocabulary.build(words, threshold=1)
+    model = CaptionModel(vocab, ModelConfig(**settings | changes), calibrated_weights())
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()
@@ -71,6 +70,6 @@ def test_attention_of_different_grids(photos):
 def test_errors():
     """Different vocabularies, or no model, raise ValueError."""
     with pytest.raises(ValueError, match="same vocabulary"):
-        Ensemble([random_model(0), random_model(0, words=[*WORDS, "bus"])])
+        Ensemble([random_model(0), random_model(0, words=["a bus"])])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])
