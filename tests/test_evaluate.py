@@ -63,15 +63,14 @@ def test_metrics(evaluate, trained, model):
     """The printed metrics are those of `evaluate_split`."""
     expected, _ = evaluate_split(model, trained.val_loader, trained.val_images, beam_size=2)
     expected["perplexity"] = pytest.approx(expected["perplexity"])
-    metrics, _ = evaluate("--beam-size", "2")
-    assert metrics == {"models": 1} | expected
+    assert evaluate("--beam-size", "2")[0] == {"models": 1} | expected
 
 
-def test_results_file(evaluate, model, shared_dataset, tmp_path):
+def test_results_file(evaluate, trained, model, shared_dataset, tmp_path):
     """The results file is exactly COCO's, a list of image ids and captions, which its API reads."""
     evaluate()
     results = tmp_path / "results.json"
-    captions = model.caption(sorted((shared_dataset / "images").iterdir()))
+    captions = model.caption(trained.val_images.data.paths)
     expected = [{"image_id": 100 + i, "caption": caption} for i, caption in enumerate(captions)]
     assert json.loads(results.read_text()) == expected
     truth = COCO(str(shared_dataset / "captions.json"))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 TOP_LEVEL = sorted(ROOT.glob("*.py"))
 PACKAGE = sorted(ROOT.glob("captioning/**/*.py"))
 PROGRAMS = sorted(
-    x for folder in ("scripts", "benchmarks", "apps") for x in ROOT.glob(folder + "/**/*.py")
+    x for name in ("scripts", "benchmarks", "apps") for x in ROOT.glob(f"{name}/**/*.py")
 )
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 NOTEBOOKS = sorted(ROOT.glob("*.ipynb"))

@@ -1,5 +1,7 @@
 """Ensembles of whole models; their search is tested in test_decoding.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,18 +11,15 @@ from captioning.decoding.ensemble import Ensemble
 from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
+TINY = ModelConfig(
+    backbone="mobilenet_v3_small", image_size=64, embed_size=16, hidden_size=16, precision="float32"
+)
+
 
 def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
     torch.manual_seed(seed)
-    settings = {
-        "backbone": "mobilenet_v3_small",
-        "image_size": 64,
-        "embed_size": 16,
-        "hidden_size": 16,
-        "precision": "float32",
-    }
     vocab = Vocabulary.build(words, threshold=1)
-    model = CaptionModel(vocab, ModelConfig(**settings | changes), calibrated_weights())
+    model = CaptionModel(vocab, replace(TINY, **changes), calibrated_weights())
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()

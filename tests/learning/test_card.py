@@ -32,7 +32,10 @@ def trained(shared_dataset):
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_card_of_a_run(trained, name):
-    """A checkpoint's card has the data, the date, the CNN, and the scores of the last epoch."""
+    """A checkpoint's card has the data, the date, the CNN, and the scores of the last epoch.
+
+    It contains only values that JSON has.
+    """
     card = CaptionModel.from_checkpoint(trained / name).card
     size = {"images": len(CAPTIONS), "captions": sum(map(len, CAPTIONS))}
     assert card["summary"] == f"trained on 12 images with {size['captions']} captions: {NAME}"
@@ -47,14 +50,7 @@ def test_card_of_a_run(trained, name):
     line = json.loads((trained / "history.jsonl").read_text())
     scores = {"perplexity": line["val_perplexity"], "CIDEr-D": line["val_cider"]}
     assert card["validation"] == size | {"epoch": 1} | scores
-    assert len(card["limitations"]) > 100
-
-
-def test_card_is_plain(trained):
-    """A card contains only values that JSON has, and its summary is one line."""
-    card = load_safely(trained / "best.pt")["card"]
-    assert json.loads(json.dumps(card)) == card
-    assert "\n" not in card["summary"]
+    assert json.loads(json.dumps(card)) == card and "limitations" in card
 
 
 @pytest.mark.parametrize(
@@ -112,20 +108,14 @@ def test_damaged_card(trained, tmp_path, card):
 
 
 def test_export_keeps_the_card(trained, tmp_path):
-    """An export has the card of its source, with the entries that are given."""
-    before = load_safely(trained / "best.pt")["card"]
-    export(trained / "best.pt", tmp_path / "same.pt")
-    export(trained / "best.pt", tmp_path / "more.pt", card={"summary": "Mine.", "notes": "two"})
-    assert load_safely(tmp_path / "same.pt")["card"] == before
-    changed = before | {"summary": "Mine.", "notes": "two"}
-    assert CaptionModel.from_checkpoint(tmp_path / "more.pt").card == changed
-
-
-def test_card_survives_a_round_trip(trained, tmp_path):
-    """A model that is loaded and saved again has the same card."""
-    model = CaptionModel.from_checkpoint(trained / "best.pt")
-    save(model.checkpoint(), tmp_path / "again.pt")
-    assert CaptionModel.from_checkpoint(tmp_path / "again.pt").card == model.card
+    """The card survives loading, saving and exporting, which adds the entries that are given."""
+    card = load_safely(trained / "best.pt")["card"]
+    save(CaptionModel.from_checkpoint(trained / "best.pt").checkpoint(), tmp_path / "again.pt")
+    export(tmp_path / "again.pt", tmp_path / "same.pt")
+    assert CaptionModel.from_checkpoint(tmp_path / "same.pt").card == card
+    changes = {"summary": "Mine.", "notes": "two"}
+    export(trained / "best.pt", tmp_path / "more.pt", card=changes)
+    assert CaptionModel.from_checkpoint(tmp_path / "more.pt").card == card | changes
 
 
 def test_pretrained(trained, tmp_path, monkeypatch):
