@@ -249,9 +249,7 @@ def test_checkpoint_of_another_version(checkpoint, tmp_path):
     for format in (1, None):
         content = torch.load(checkpoint) | {"format": format}
         torch.save(content, tmp_path / "old.pt")
-        with pytest.raises(
-            ValueError, match=r"^\S+old.pt is a checkpoint of another version.+$"
-        ):
+        with pytest.raises(ValueError, match=r"^\S+old.pt is a checkpoint of another version.+$"):
             CaptionModel.from_checkpoint(tmp_path / "old.pt")
 
 

@@ -1,5 +1,7 @@
 """Ensembles of whole models; their search is tested in test_decoding.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,19 +11,15 @@ from captioning.decoding.ensemble import Ensemble
 from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
+TINY = ModelConfig(
+    backbone="mobilenet_v3_small", image_size=64, embed_size=16, hidden_size=16, precision="float32"
+)
 
 
-def random_model(seed, words=WORDS, **changes):
+def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
     torch.manual_seed(seed)
-    settings = {
-        "backbone": "mobilenet_v3_small",
-        "image_size": 64,
-        "embed_size": 16,
-        "hidden_size": 16,
-        "precision": "float32",
-    }
-    model = CaptionModel(Vocabulary(words), ModelConfig(**settings | changes), calibrated_weights())
+    vocab = Vocabulary.build(words, threshold=1)
+    model = CaptionModel(vocab, replace(TINY, **changes), calibrated_weights())
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()
@@ -53,11 +51,11 @@ def test_precision(photos):
 
 
 def test_converted_models(photos):
-    """Models converted to another data type caption as before, in eval mode."""
+    """Models converted to another data type caption as before, and keep their mode."""
     models = [random_model(seed, inject="par") for seed in (0, 1)]
     captions = Ensemble(models).caption(photos)
     assert Ensemble([models[0].double(), models[1].train()]).caption(photos) == captions
-    assert not models[0].training and not models[1].training
+    assert models[1].training and not models[0].training
 
 
 def test_attention_of_different_grids(photos):
@@ -71,6 +69,6 @@ def test_attention_of_different_grids(photos):
 def test_errors():
     """Different vocabularies, or no model, raise ValueError."""
     with pytest.raises(ValueError, match="same vocabulary"):
-        Ensemble([random_model(0), random_model(0, words=[*WORDS, "bus"])])
+        Ensemble([random_model(0), random_model(0, words=["a bus"])])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])
