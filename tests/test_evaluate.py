@@ -134,7 +134,7 @@ ERRORS = {
     "damaged.pt images captions.json": "damaged.pt is damaged",
     "nowhere.pt images captions.json": "no file nowhere.pt",
     "best.pt nowhere captions.json": "no image folder nowhere",
-    "best.pt images nowhere.json": "no captions file nowhere.json",
+    "best.pt images nowhere.json": "nowhere.json cannot be read",
     "best.pt broken captions.json": "broken/03.jpg",
     "best.pt images captions.json --device quantum": "'quantum'",
     "best.pt images captions.json --precision float64": "'float64'",

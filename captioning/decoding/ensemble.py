@@ -20,7 +20,7 @@ from captioning.decoding.generate import generate
 class Ensemble(Captioner, nn.Module):
     """Captions and scores images as one model. The encoders of its `models` may differ.
 
-    It puts the models in eval mode. Where a `CaptionModel` has a batch of images or features, an ensemble has a tuple with one for
+    Where a `CaptionModel` has a batch of images or features, an ensemble has a tuple with one for
     each of its models.
 
     Raises ValueError if the vocabularies differ, or if there is no model.
@@ -36,7 +36,6 @@ class Ensemble(Captioner, nn.Module):
         self.decoder = EnsembleDecoder(
             [model.decoder for model in models], [model.autocast for model in models]
         )
-        self.eval()
 
     @property
     def device(self):
