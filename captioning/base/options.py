@@ -62,7 +62,7 @@ def add_arguments(parser, options):
     """Add a flag for each field of the dataclass `options` to an argparse parser."""
     for f in fields(options):
         flag, text = "--" + f.name.replace("_", "-"), f.metadata.get("help", "")
-        if f.default is MISSING:
+        if f.default is MISSING or f.metadata.get("required"):
             parser.add_argument(flag, required=True, help=text)
         elif isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", default=f.default, help=text)
