@@ -2,12 +2,14 @@
 
     python tests/faults.py                   # all of them, a few minutes; prints a table
     python tests/faults.py kill memory       # some of them
+    python tests/faults.py kill --times 3    # a shorter trial
 
 These trials are too slow for `make test`, and some require root on Linux (a small tmpfs, two
 network namespaces). Those that this machine does not support are reported as not tried. The exit
 status is 1 if a trial failed.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from conftest import command_line, tiny_config, write_dataset
-from test_checkpoint import assert_same_result
 
+from captioning.base.checkpoints import load_safely
 from captioning.data.splits import prepare_splits
-from captioning.learning.checkpoint import load_safely
 from captioning.learning.options import config_for
+from runs import assert_same_result
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -409,7 +412,7 @@ def memory(folder, epochs=20):
         folder / "out",
         epochs=epochs,
         patience=epochs,
-        weights=str(ROOT / "synthetic_encoder.pt"),
+        weights=str(ROOT / "captioning/scenes/encoder.pt"),
         cache_dir=str(folder / "cache"),
     )
     process = start(config)
@@ -449,16 +452,18 @@ def plot_memory(used, path):
 TRIALS = [kill, terminate, disk, network, failing_rank, worker, memory]
 
 
-def report(names):
+def report(names, times=None):
+    """Run the trials of these names, or all; times: how often those with a `times`."""
     torch.set_num_threads(1)
     failed = False
     print("| trial | times | result |\n|---|---|---|", flush=True)
     for trial in TRIALS:
         if names and trial.__name__ not in names:
             continue
+        repeated = times and "times" in signature(trial).parameters
         with TemporaryDirectory() as folder:
             try:
-                row = trial(Path(folder))
+                row = trial(Path(folder), **{"times": times} if repeated else {})
             except Unsupported as reason:
                 row = (trial.__name__, 0, f"not tried: {reason}")
             except AssertionError as error:
@@ -469,4 +474,8 @@ def report(names):
 
 
 if __name__ == "__main__":
-    sys.exit(report(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Fault injection; prints a table.")
+    parser.add_argument("names", nargs="*", help=", ".join(trial.__name__ for trial in TRIALS))
+    parser.add_argument("--times", type=int, help="repetitions of each trial that has several")
+    args = parser.parse_args()
+    sys.exit(report(args.names, args.times))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from captioning.base.checkpoints import load_safely
 from captioning.data.coco import CocoCaptions, DataError
 from captioning.data.images import BadImageError, load_image
-from captioning.learning.checkpoint import load_safely
-from data_loader import train_loader
+from data_loader import CaptionDataset, get_loader
 from vocabulary import Vocabulary
 
 IMAGES = CAPTIONS = 320  # damaged files of each kind
@@ -160,8 +160,8 @@ def use(dataset, file):
     vocab = Vocabulary.build(data.all_captions, threshold=1)
     vocab.save(dataset / "vocabulary.json")
     assert Vocabulary.load(dataset / "vocabulary.json").words == vocab.words
-    loader = train_loader(data, vocab, features=np.zeros((len(data), 1, 3), np.float16))
-    assert sum(len(lengths) for _, _, lengths in loader) == len(data.all_captions)
+    loader = get_loader(CaptionDataset(data, vocab, features=torch.zeros(len(data), 1, 3)))
+    assert sum(len(batch.lengths) for batch in loader) == len(data.all_captions)
 
 
 def test_damaged_captions(dataset):

@@ -74,7 +74,7 @@ def add_arguments(parser, options):
         parser.add_argument(
             flag,
             type=none_or(kind) if NoneType in others else kind,
-            required=f.default is MISSING,
+            required=f.default is MISSING or f.metadata.get("required", False),
             default=None if f.default is MISSING else f.default,
             choices=f.metadata.get("choices"),
             help=text,

@@ -35,7 +35,7 @@ class Run:
     val_loader: torch.utils.data.DataLoader
     val_images: Any = None  # an `ImageDataset` to caption after each epoch, for best_by "cider"
     data_digest: str = ""  # of the captions, to resume with the same ones
-    lock: Any = None  # of config.out
+    lock: Any = None  # of config.out: a context manager, which `fit` leaves at its end
     progress: Progress = field(default_factory=Progress)
 
     @property
