@@ -7,7 +7,7 @@ card["summary"]             # "trained on synthetic scenes; knows nothing of pho
 from datetime import date
 from pathlib import Path
 
-from captioning.scenes import synthetic
+from captioning.scenes.dataset import DESCRIPTION
 
 NOT_RECORDED = {"summary": "no model card; nothing is recorded about the training data"}
 SYNTHETIC_SUMMARY = "trained on synthetic scenes; knows nothing of photographs"
@@ -27,7 +27,7 @@ def training_card(config, train_data, val_data, source=None) -> dict:
     """
     data = {"name": train_data.description, **_size(train_data)}
     summary = "trained on {images:,} images with {captions:,} captions: {name}".format(**data)
-    if train_data.description == synthetic.DESCRIPTION:
+    if train_data.description == DESCRIPTION:
         summary = SYNTHETIC_SUMMARY
     card = {"summary": summary, "data": data, "encoder": _encoder(config)}
     if source is not None:

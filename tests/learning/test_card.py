@@ -15,7 +15,7 @@ from captioning.learning.card import training_card
 from captioning.learning.checkpoint import export, load_safely, save
 from captioning.learning.options import config_for
 from captioning.learning.run import build_run
-from captioning.scenes.synthetic import write_synthetic
+from captioning.scenes.dataset import write_synthetic
 from model import CaptionModel
 from train import fit
 

@@ -7,7 +7,8 @@ from conftest import supported
 
 from captioning.learning.options import config_for
 from captioning.learning.run import build_run
-from captioning.scenes.synthetic import parse_scene, write_synthetic
+from captioning.scenes.captions import parse_scene
+from captioning.scenes.dataset import write_synthetic
 from evaluate import caption_dataset
 from train import fit
 

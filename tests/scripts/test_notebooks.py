@@ -22,7 +22,7 @@ from run_notebooks import (
     parameter,
 )
 
-from captioning.scenes.synthetic import write_synthetic
+from captioning.scenes.dataset import write_synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 
