@@ -24,7 +24,9 @@ from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
 from captioning.learning.run import build_run
 from captioning.networks.layers import eval_mode
-from captioning.scenes.synthetic import attention_on_things, generate_scenes, is_wrong
+from captioning.scenes.attention import attention_on_things
+from captioning.scenes.dataset import generate_scenes
+from captioning.scenes.mistakes import is_wrong
 from data_loader import image_loader
 from evaluate import caption_dataset, score
 from model import CaptionModel

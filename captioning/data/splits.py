@@ -3,7 +3,7 @@
     splits = prepare_splits("synthetic", "data/synthetic")  # generated if it is not there yet
     splits["train"]                                         # (image folder, captions file)
 
-"synthetic"             the built-in scenes (scenes/synthetic.py); not COCO, but in its layout
+"synthetic"             the built-in scenes (captioning/scenes); not COCO, but in its layout
 "coco2014", "coco2017"  DATA_DIR/train2017, val2017, annotations, as COCO's zip files unpack
 "folder"                your own images: DATA_DIR/images, DATA_DIR/captions.json in COCO's format
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 from captioning.data.coco import DataError, read_captions, write_captions
 from captioning.data.download import download_coco
-from captioning.scenes.synthetic import SIZES, write_synthetic
+from captioning.scenes.dataset import SIZES, write_synthetic
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 DATASETS = ("synthetic", "coco2014", "coco2017", "folder")

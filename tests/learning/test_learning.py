@@ -5,7 +5,8 @@ from conftest import supported
 
 from captioning.learning.loop import fit
 from captioning.learning.options import config_for
-from captioning.scenes.synthetic import parse_scene, write_synthetic
+from captioning.scenes.captions import parse_scene
+from captioning.scenes.dataset import write_synthetic
 from captioning.scoring.evaluation import caption_split
 from train import build_run
 

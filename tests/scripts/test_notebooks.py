@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 from run_notebooks import NOTEBOOKS, compress, main, override, parameter
 
-from captioning.scenes.synthetic import write_synthetic
+from captioning.scenes.dataset import write_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 
