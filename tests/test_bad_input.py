@@ -339,11 +339,12 @@ def test_resume_from_something_else(dataset, capsys, save, kind):
     assert contents(path.parent) == before
 
 
+@pytest.mark.parametrize("option", ["weights", "init_from"])
 @pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
-def test_weights_from_something_else(dataset, fails, save, kind):
-    """A weights file that does not fit is named, and none of its code is run."""
+def test_weights_from_something_else(dataset, fails, save, option, kind):
+    """A file that does not fit is named, and none of its code is run."""
     save(dataset / "weights.pt", kind)
-    error = fails(weights=str(dataset / "weights.pt"))
+    error = fails(**{option: str(dataset / "weights.pt")})
     assert str(dataset / "weights.pt") in error and len(error) < 600
 
 
