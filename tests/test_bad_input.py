@@ -62,28 +62,28 @@ def test_wrong_paths(dataset, fails, name, path):
         assert str(dataset / path) in fails(**{name: str(dataset / path)})
 
 
+NOT_JSON = [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"]
+WITHOUT_LISTS = [None, [], "text", {}, {"images": []}, {"annotations": []}]
+WITHOUT_LISTS += [{"images": {}, "annotations": []}]
+
+
 @pytest.mark.parametrize(
-    "text",
-    [b"", b"captions", b'{"images": [', b"[" * 100_000, b"\xff\xfe\x00"],
-    ids=["empty", "text", "truncated", "deeply nested", "binary"],
+    "text, message",
+    [
+        *((text, "is not JSON") for text in NOT_JSON),
+        *((json.dumps(x).encode(), "no list '(images|annotations)'") for x in WITHOUT_LISTS),
+        (
+            b'{"images": [{"id": 1, "file_name": "x"}], "annotations": []}',
+            "no image with a caption",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
 )
-def test_captions_that_are_not_json(captions_file, fails, text):
-    """A captions file that is not JSON is named."""
+def test_other_files(captions_file, fails, text, message):
+    """A captions file that is not JSON, or has no captions in COCO's format, is named."""
     captions_file.write_bytes(text)
     error = fails()
-    assert f"{captions_file} is not JSON" in error and len(error) < 500
-
-
-@pytest.mark.parametrize(
-    "other",
-    [None, [], "text", {}, {"images": []}, {"images": {}, "annotations": []}, {"annotations": []}],
-    ids=str,
-)
-def test_captions_without_lists(captions_file, fails, write, other):
-    """JSON without COCO's two lists is named, with the list that is missing."""
-    write(other)
-    error = fails()
-    assert str(captions_file) in error and ("'images'" in error or "'annotations'" in error)
+    assert str(captions_file) in error and re.search(message, error) and len(error) < 500
 
 
 @pytest.mark.parametrize(
@@ -152,12 +152,6 @@ def test_images_without_captions(dataset, write, content, capsys):
     assert main(command_line(tiny_config(dataset, epochs=1))) == 0
     printed = capsys.readouterr().out
     assert "3 images have no caption" in printed and "9 training and 9 validation" in printed
-
-
-def test_no_captions_at_all(fails, write, content):
-    """A file in which no image has a caption is an error."""
-    write({"images": content["images"], "annotations": []})
-    assert "no image with a caption" in fails()
 
 
 # ---------------------------------------------------------------------------- images
@@ -339,11 +333,12 @@ def test_resume_from_something_else(dataset, capsys, save, kind):
     assert contents(path.parent) == before
 
 
+@pytest.mark.parametrize("option", ["weights", "init_from"])
 @pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
-def test_weights_from_something_else(dataset, fails, save, kind):
-    """A weights file that does not fit is named, and none of its code is run."""
+def test_weights_from_something_else(dataset, fails, save, option, kind):
+    """A file that does not fit is named, and none of its code is run."""
     save(dataset / "weights.pt", kind)
-    error = fails(weights=str(dataset / "weights.pt"))
+    error = fails(**{option: str(dataset / "weights.pt")})
     assert str(dataset / "weights.pt") in error and len(error) < 600
 
 

@@ -137,7 +137,11 @@ class Items(Dataset):
 
     def __getitem__(self, index):
         image, caption, features = self.dataset[index]
-        return (image, caption) if features is None else (None, caption.tolist(), features)
+        return (
+            (image, caption.int().numpy())
+            if features is None
+            else (None, caption.tolist(), features)
+        )
 
 
 def numbers_of(batch, data):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import command_line, tiny_config
 
-from captioning.base.checkpoints import load_safely
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
 from captioning.scoring.evaluation import caption_split
@@ -86,32 +85,6 @@ def test_deterministic(finished, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert loss == finished.progress.history[0]["val_loss"]
-
-
-def test_init_from(finished, tmp_path):
-    """A run starts from the weights and the words of the checkpoint, whatever its captions."""
-    best = Path(finished.config.out) / "best.pt"
-    config = replace(finished.config, init_from=str(best), out=str(tmp_path), min_word_freq=3)
-    run, checkpoint = build_run(config), load_safely(best)
-    assert run.model.vocab.words == checkpoint["words"]
-    for name, weight in run.model.state_dict().items():
-        assert torch.equal(weight, checkpoint["model"][name]), name
-    assert fit(run)[0]["val_loss"] < finished.progress.history[0]["val_loss"]
-
-
-@pytest.mark.parametrize("content", ["another architecture", "no checkpoint", "nothing"])
-def test_init_from_something_else(finished, tmp_path, capsys, content):
-    """A checkpoint of another architecture, or no checkpoint, is an error that names the file."""
-    path = Path(finished.config.out) / "best.pt"
-    if content != "another architecture":
-        path = tmp_path / "file.pt"
-    if content == "no checkpoint":
-        path.write_bytes(b"text")
-    config = replace(finished.config, init_from=str(path), out=str(tmp_path), hidden_size=24)
-    assert main(command_line(config)) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(path) in error and len(error) < 600
-    assert not (tmp_path / "last.pt").exists()
 
 
 def test_no_image_baseline(dataset):

@@ -1,4 +1,11 @@
-"""A training run and its progress."""
+"""A training run and its progress.
+
+train.build_run builds a run from files of captions. With loaders of one's own:
+
+run = Run(config, model, TeacherForcing(model), build_optimizer(model, config), train_loader,
+          val_loader)
+history = fit(run)
+"""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -11,9 +11,10 @@ from conftest import calibrated_weights
 from PIL import Image
 
 from apps.web.describe import MAX_PHOTOS, Description, card, cards, describe, escape
-from captioning.learning.options import ModelConfig
+from captioning.base.tokens import SPECIAL_TOKENS
+from captioning.networks.config import ModelConfig
 from model import CaptionModel
-from vocabulary import SPECIAL_TOKENS
+from vocabulary import Vocabulary
 
 WORDS = [*SPECIAL_TOKENS, "a", "cat", "dog", "on", "{{x}}", "<b>"]
 
@@ -23,7 +24,7 @@ def random_model(inject="attend"):
     torch.manual_seed(11)  # not earlier: the weights are only drawn if they are not cached
     sizes = {"image_size": 64, "embed_size": 16, "hidden_size": 16}
     config = ModelConfig(backbone="mobilenet_v3_small", precision="float32", inject=inject, **sizes)
-    model = CaptionModel(WORDS, config, weights).eval()
+    model = CaptionModel(Vocabulary(WORDS), config, weights).eval()
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     return model
