@@ -23,11 +23,11 @@ import torch
 from tqdm import tqdm
 
 from captioning.base.commands import exit_status
+from captioning.base.device import pick_device
 from captioning.base.options import add_arguments, from_args
-from captioning.base.precision import pick_device
 from captioning.data.coco import DataError
 from captioning.data.image_files import find_images, image_id_of, write_results
-from captioning.data.images import BadImageError, without_normalization
+from captioning.data.images import BadImageError, centre_crop
 from captioning.decoding.generate import DecodingOptions
 from model import PRETRAINED, CaptionModel
 
@@ -99,7 +99,7 @@ def run(args) -> int:
             print_captions(found, with_scores=args.n_best > 1)
             captions.append((image_id_of(found.path), found.captions[0]))
             if args.maps:
-                save_map(args.maps, map_names, found, model.transform)
+                save_map(args.maps, map_names, found, model.encoder.cnn.image_size)
             bar.update()
     if args.json:
         write_json(args.json, captions)
@@ -146,7 +146,7 @@ def names_in(folder, paths) -> set[str]:
     return {path.stem.lower() for path in paths if os.path.realpath(path.parent) == real}
 
 
-def save_map(folder, names, found, transform):
+def save_map(folder, names, found, size):
     """Save the attention for each word as a picture, named like the photo.
 
     names: the names in use, in lower case; a photo of such a name gets a number behind it.
@@ -160,7 +160,7 @@ def save_map(folder, names, found, transform):
     while name.lower() in names:
         name, number = f"{stem}-{number}", number + 1
     names.add(name.lower())
-    image = without_normalization(transform)(found.path)
+    image = centre_crop(found.path, size)
     figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
     figure.savefig(Path(folder) / f"{name}.jpg")
     plt.close(figure)

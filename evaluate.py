@@ -12,8 +12,8 @@ import json
 import sys
 
 from captioning.base.commands import exit_status
+from captioning.base.device import pick_device
 from captioning.base.options import add_arguments, from_args
-from captioning.base.precision import pick_device
 from captioning.data.coco import CocoCaptions
 from captioning.data.extraction import extract_features
 from captioning.data.features import PerModel, Views

@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from captioning.base.precision import autocast, resolve_precision
 from torch import nn
 
 from captioning.base.checkpoints import FORMAT, load_checkpoint
+from captioning.base.device import autocast, resolve_precision
 from captioning.base.modules import eval_mode, select
 from captioning.base.tokens import PAD
 from captioning.data.images import eval_transform
@@ -31,7 +31,7 @@ from captioning.networks.backbones import input_settings
 from captioning.networks.cnn import CNN
 from captioning.networks.config import INJECT, ModelConfig
 from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
-from captioning.networks.layers import BatchNorm, Dropout
+from captioning.networks.layers import BatchNorm
 from vocabulary import Vocabulary
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
@@ -63,7 +63,7 @@ class EncoderCNN(nn.Module):
         super().__init__()
         self.cnn = CNN(backbone, weights, pooled, image_size, flip, fine_tune)
         self.pooled, self.no_image = pooled, no_image
-        self.dropout = Dropout(feature_dropout)
+        self.dropout = nn.Dropout(feature_dropout)
         self.linear = nn.Linear(self.cnn.feature_size, embed_size) if pooled else nn.Identity()
         self.norm = BatchNorm(embed_size) if image_norm and pooled else nn.Identity()
 
@@ -108,7 +108,7 @@ class DecoderRNN(Decoder):
             batch_first=True,
             dropout=dropout if num_layers > 1 else 0.0,
         )
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         open_forget_gates(self.lstm)
         if inject == "init":

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from captioning.base.commands import exit_status
+from captioning.base.device import pick_device, resolve_precision, use_deterministic_algorithms
 from captioning.base.distributed import barrier, print0, process_group, rank_and_world_size
 from captioning.base.files import write_text
 from captioning.base.options import names_with
-from captioning.base.precision import pick_device, resolve_precision, use_deterministic_algorithms
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
 from captioning.data.tokenized import tokenize_all

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from captioning.base.files import atomic_write
-from captioning.learning.checkpoint import load_safely
+from captioning.base.checkpoints import load_safely
 
 
 def convert(state: dict, variant: int) -> dict:

@@ -17,7 +17,7 @@ import torchvision
 from hypothesis import settings
 from PIL import Image
 
-from captioning.base.distributed import resolve_precision
+from captioning.base.device import resolve_precision
 from captioning.learning.options import TrainConfig
 
 settings.register_profile("patient", deadline=None)  # tests may be slow on a busy machine

@@ -1,10 +1,8 @@
-"""One process or many, the device, and the precision: the same calls with and without torchrun.
+"""The same calls with one process and with many, which torchrun starts.
 
 with process_group(device):                # no effect unless torchrun started this process
     rank, world_size = rank_and_world_size()    # 0, 1 without torchrun
     total = all_reduce_sum(total)
-with autocast(device, "auto"):             # bfloat16 where the hardware accelerates it
-    ...
 """
 
 import contextlib
@@ -19,9 +17,6 @@ import torch.distributed as dist
 
 START_TIMEOUT = timedelta(minutes=2)  # between the start of the first and of the last process
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for another ends with an error
-
-
-# ---------------------------------------------------------------------------- processes
 
 
 @contextlib.contextmanager
@@ -48,26 +43,24 @@ def _fresh_store():
 
     torchrun's store outlives the worker processes. After a restart, workers would read there the
     addresses of killed ones, and fail or wait (pytorch/pytorch#135712). Therefore rank 0 chooses a
-    new prefix at each start. The other ranks request it with a unique token, so that they
-    cannot read the answer of an earlier start.
+    new prefix at each start. The other ranks request it with a unique token, so that they cannot
+    read the answer of an earlier start, and confirm it.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=START_TIMEOUT))
-    token = uuid.uuid4().hex
+    prefix = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"request/{rank}", token)
-        prefix = store.get(f"answer/{token}").decode()  # waits for it
-        store.set(f"{prefix}/{rank}", "ready")
-    else:
-        prefix, missing = token, set(range(1, world_size))
-        deadline = time.monotonic() + START_TIMEOUT.total_seconds()
-        while missing:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"ranks {sorted(missing)} did not start within {START_TIMEOUT}")
-            for other in missing:
-                if store.check([f"request/{other}"]):
-                    store.set(f"answer/{store.get(f'request/{other}').decode()}", prefix)
-            time.sleep(0.02)
-            missing = {other for other in missing if not store.check([f"{prefix}/{other}"])}
+        store.set(f"request/{rank}", prefix)  # the token
+        prefix = store.get(f"answer/{prefix}").decode()  # waits for it
+        store.set(f"{prefix}/{rank}", "confirmed")
+    missing = range(1, world_size) if rank == 0 else []
+    deadline = time.monotonic() + START_TIMEOUT.total_seconds()
+    while missing := [other for other in missing if not store.check([f"{prefix}/{other}"])]:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {missing} did not start within {START_TIMEOUT}")
+        for request in (f"request/{other}" for other in missing):
+            if store.check([request]):
+                store.set(f"answer/{store.get(request).decode()}", prefix)
+        time.sleep(0.02)
     store.set_timeout(TIMEOUT)
     return dist.PrefixStore(prefix, store), rank, world_size
 
@@ -115,9 +108,8 @@ def broadcast_buffers(module):
 
 def gather(item) -> list:
     """The `item` of every rank, in rank order, on all ranks."""
-    _, world_size = rank_and_world_size()
-    items = [item] * world_size
-    if world_size > 1:
+    items = [item] * rank_and_world_size()[1]
+    if dist.is_initialized():
         dist.all_gather_object(items, item)
     return items
 

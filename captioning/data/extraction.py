@@ -23,13 +23,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from captioning.base.device import autocast, resolve_precision
 from captioning.base.distributed import barrier, print0, rank_and_world_size, show_progress
 from captioning.base.files import atomic_write, file_lock, write_text
-from captioning.base.precision import autocast, resolve_precision
-from captioning.data.features import SHARD_SIZE, FeatureArray
+from captioning.data.features import FeatureArray
 from captioning.data.images import BadImageError
 
 FORMAT = "6"  # increase it when the content of the files, or how images are opened, changes
+SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
 LARGE = 1e9  # bytes of features, whose size is printed before they are written
 
 

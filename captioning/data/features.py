@@ -10,11 +10,9 @@ Whatever is indexed by an array of rows and returns (B, P, C) can take their pla
 import numpy as np
 import torch
 
-SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
-
 
 class FeatureArray:
-    """The features of all images, read from one file per SHARD_SIZE images when they are indexed.
+    """The features of all images, read from their files when they are indexed.
 
     The files are read, not memory-mapped: pages of a map would count as memory of the process.
     """
@@ -23,6 +21,7 @@ class FeatureArray:
         shards = [np.load(file, mmap_mode="r") for file in files]
         self.files, self.offset, self.dtype = list(files), shards[0].offset, shards[0].dtype
         self.shape = (sum(map(len, shards)), *shards[0].shape[1:])
+        self.shard_size = len(shards[0])  # of all files but the last
 
     def __len__(self):
         return self.shape[0]
@@ -33,11 +32,11 @@ class FeatureArray:
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.tolist()} of {len(self)} images")
         features = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        size, shard = features[:1].nbytes, rows // SHARD_SIZE
+        size, shard = features[:1].nbytes, rows // self.shard_size
         for number in np.unique(shard):
             with open(self.files[number], "rb", buffering=0) as file:
                 for index in np.flatnonzero(shard == number):
-                    file.seek(self.offset + int(rows[index]) % SHARD_SIZE * size)
+                    file.seek(self.offset + int(rows[index]) % self.shard_size * size)
                     if file.readinto(features[index]) != size:
                         raise OSError(f"{self.files[number]} is shorter than when it was opened")
         return features

@@ -1,7 +1,7 @@
-"""Reading any image file as upright RGB, and the two transforms.
+"""Reading any image file as upright RGB, and the transforms for evaluation and training.
 
-transform = eval_transform(224)
-transform("photo.jpg")     # (3, 224, 224), normalized with ImageNet's statistics
+eval_transform(224)("photo.jpg")     # (3, 224, 224), normalized with ImageNet's statistics
+centre_crop("photo.jpg", 224)        # the part of the image that it uses
 """
 
 import os
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TO_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
 MAX_ASPECT_RATIO = 50  # resizing a longer and thinner image would take gigabytes
 
 
@@ -71,49 +72,38 @@ def _to_8_bits(image) -> Image.Image:
     return image.point(lambda value: value * scale).convert("L")
 
 
-def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                   interpolation="bilinear") -> v2.Compose:
+def centre_crop(source, size, interpolation="bilinear") -> Image.Image:
+    """Path or PIL image -> the square in its middle, that models see, with sides of `size` pixels."""
+    image = load_image(source, min_size=size)
+    image = v2.functional.resize(image, size, v2.InterpolationMode(interpolation))
+    return v2.functional.center_crop(image, size)
+
+
+def eval_transform(
+    image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear"
+) -> v2.Compose:
     """Path or PIL image -> (3, image_size, image_size), float32, normalized; deterministic."""
-    return v2.Compose([
-        v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.Resize(image_size, v2.InterpolationMode(interpolation), antialias=True),
-        v2.CenterCrop(image_size),
-        *_to_tensor(mean, std),
-    ])
+    crop = partial(centre_crop, size=image_size, interpolation=interpolation)
+    return v2.Compose([v2.Lambda(crop), *TO_TENSOR, v2.Normalize(mean, std)])
 
 
-def without_normalization(transform: v2.Compose) -> v2.Compose:
-    """Path or PIL image -> the part of it that `transform` selects, as a PIL image."""
-    return v2.Compose(transform.transforms[:-3])  # without `_to_tensor`
-
-
-def attention_mask(weights, size) -> Image.Image:
-    """Attention weights (H, W) as a grey image of `size` (width, height), interpolated.
-
-    The largest weight becomes 255, and 0 stays 0.
-    """
-    mask = Image.fromarray((255 * weights / weights.max()).astype("uint8"))
-    return mask.resize(size, Image.Resampling.BICUBIC)
-
-
-def train_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                    interpolation="bilinear", smallest=0.7) -> v2.Compose:
+def train_transform(
+    image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear", smallest=0.7
+) -> v2.Compose:
     """Same as `eval_transform`, but with a random crop, for training.
 
     smallest: the area of the smallest crop, as a fraction of that of the image.
 
     There is no horizontal flip, which would make every "left" and "right" of a caption wrong.
     """
+    load = v2.Lambda(partial(load_image, min_size=image_size))
     mode = v2.InterpolationMode(interpolation)
-    return v2.Compose([
-        v2.Lambda(partial(load_image, min_size=image_size)),
-        v2.RandomResizedCrop(image_size, (smallest, 1.0), interpolation=mode, antialias=True),
-        *_to_tensor(mean, std),
-    ])
+    crop = v2.RandomResizedCrop(image_size, (smallest, 1.0), interpolation=mode)
+    return v2.Compose([load, crop, *TO_TENSOR, v2.Normalize(mean, std)])
 
 
 class CropTransform:
-    """Same as `train_transform` with crops down to half of the image, always the same for an image.
+    """`train_transform` with crops down to half of the image, always the same for an image.
 
     The crop depends on `seed` and on the name of the file alone, so that its features can be
     computed once and cached. The other arguments are those of `train_transform`.
@@ -132,7 +122,10 @@ class CropTransform:
         return f"CropTransform({self.seed}, {self.transform})"
 
 
-def _to_tensor(mean, std):
-    yield v2.ToImage()
-    yield v2.ToDtype(torch.float32, scale=True)
-    yield v2.Normalize(mean, std)
+def attention_mask(weights, size) -> Image.Image:
+    """Attention weights (H, W) as a grey image of `size` (width, height), interpolated.
+
+    The largest weight becomes 255, and 0 stays 0.
+    """
+    mask = Image.fromarray((255 * weights / weights.max()).astype("uint8"))
+    return mask.resize(size, Image.Resampling.BICUBIC)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from captioning.base.checkpoints import load_checkpoint, save
+from captioning.base.device import get_rng_state, set_rng_state
 from captioning.base.distributed import all_reduce_sum, gather, print0, rank_and_world_size
 from captioning.base.files import run_lock, write_text
 from captioning.base.options import names_with
-from captioning.base.precision import get_rng_state, set_rng_state
 from captioning.learning.card import with_results
 
 RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json")

@@ -11,6 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from captioning.base.device import to_float64
 from captioning.base.distributed import (
     all_reduce_sum,
     broadcast_buffers,
@@ -19,7 +20,6 @@ from captioning.base.distributed import (
     show_progress,
     wrap_ddp,
 )
-from captioning.base.precision import to_float64
 from captioning.learning.checkpoint import (
     best_epoch,
     lock_run_dir,

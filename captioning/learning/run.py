@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from captioning.base.precision import resolve_precision
+from captioning.base.device import resolve_precision
 
 
 @dataclass

@@ -18,14 +18,15 @@ from torch import nn
 from captioning.base.modules import select
 from captioning.base.tokens import PAD
 from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
-from captioning.networks.layers import Dropout
+
+HIDDEN_RATIO = 2  # the attention LSTM is this many times as narrow as the language LSTM
 
 
 class AttentionDecoder(Decoder):
     """Two LSTMs with multi-head scaled dot-product attention (Vaswani et al., 2017) between them.
 
-    At each step the attention LSTM, half as wide as the other, reads the word and the mean value of
-    the image; its output is the query. The language LSTM reads that output and the attended value.
+    At each step the attention LSTM reads the word and the mean value of the image; its output is
+    the query. The language LSTM reads that output and the attended value.
     Its output and, through a linear layer, its input are projected to an embedding, whose products
     with the embeddings of all words are the logits of the next word: input and output share their
     embeddings (Press & Wolf, 2017, arXiv:1608.05859).
@@ -41,7 +42,7 @@ class AttentionDecoder(Decoder):
         if embed_size % num_heads:
             raise ValueError(f"embed_size {embed_size} is not divisible by {num_heads} heads")
         self.embed_size, self.num_heads = embed_size, num_heads
-        query_size = hidden_size // 2
+        query_size = hidden_size // HIDDEN_RATIO
         self.keys = nn.Linear(feature_size, embed_size)
         self.values = nn.Linear(feature_size, embed_size)
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
@@ -49,7 +50,7 @@ class AttentionDecoder(Decoder):
         self.query = nn.Linear(query_size, embed_size)
         self.language_lstm = nn.LSTM(query_size + embed_size, hidden_size, batch_first=True)
         self.shortcut = nn.Linear(query_size + embed_size, hidden_size)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.projection = nn.Linear(hidden_size, embed_size)
         self.linear = nn.Linear(embed_size, vocab_size)
         self.linear.weight = self.embedding.weight

@@ -10,13 +10,9 @@ import copy
 import torch
 from torch import nn
 
-from captioning.base.precision import resolve_precision
-from captioning.networks.backbones import (
-    build_backbone,
-    fuse_batch_norm,
-    input_settings,
-    last_stage,
-)
+from captioning.base.device import resolve_precision
+from captioning.networks.backbones import build_backbone, input_settings, last_stage
+from captioning.networks.fusion import fuse_batch_norm
 
 FINE_TUNE = ("none", "last", "all")
 

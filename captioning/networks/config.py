@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from captioning.base.device import PRECISIONS
 from captioning.base.options import check_options, option
-from captioning.base.precision import PRECISIONS
 from captioning.networks.cnn import FINE_TUNE
 
 INJECT = ("par", "pre", "init")  # the ways in which the image enters `DecoderRNN`

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
 from captioning.base.modules import eval_mode
-from captioning.base.precision import to_float64
 from captioning.decoding.generate import DecodingOptions
 from captioning.scoring.cross_entropy import cross_entropy
 from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
@@ -22,16 +21,15 @@ def evaluate_loss(model, loader) -> tuple[float, int]:
 
     loader: of `get_loader` in mode "val"; with torchrun, that of this rank.
     """
-    total, count = 0.0, 0
+    total = torch.zeros(2, dtype=torch.float64)  # of the loss and of the number of targets
     with eval_mode(model):
         for batch in loader:
             with model.autocast():
                 memory = model.decoder.memory(model.encode(batch.images, batch.features))
                 sums = cross_entropy(model, memory, batch.captions, batch.image_index)
-            total = total + to_float64(sums["loss"])
-            count = count + to_float64(sums["targets"])
-    total, count = all_reduce_sum(torch.stack([total, count])).tolist()
-    return total, int(count)
+            total += torch.stack([sums["loss"], sums["targets"]]).cpu()
+    loss, targets = all_reduce_sum(total).tolist()
+    return loss, int(targets)
 
 
 def caption_split(model, images, batch_size=64, **options) -> list[str]:

@@ -1,73 +1,18 @@
 """Two processes, with the environment that torchrun sets, compared with one."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import command_line, supported, tiny_config
+from conftest import supported, tiny_config
+from two_processes import train, train_in_two_processes
 
-from captioning.base.distributed import interleave
-from captioning.learning.checkpoint import load_safely
-from train import main
-
-# ---------------------------------------------------------------------------- two processes
-
-
-def train(config, rank=0):
-    """Run the command; rank 0 saves the gradient of the first optimizer step beside `out`."""
-    original, file = torch.nn.utils.clip_grad_norm_, Path(f"{config.out}-gradient.pt")
-
-    def clip(parameters, max_norm):
-        if rank == 0 and not file.exists():
-            torch.save([p.grad for p in parameters], file)
-        return original(parameters, max_norm)
-
-    with mock.patch("torch.nn.utils.clip_grad_norm_", clip), mock.patch("features.SHARD_SIZE", 5):
-        assert main(command_line(config)) == 0
-
-
-def train_rank(rank, port, config, patches, threads):
-    torch.set_num_threads(threads)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
-    with contextlib.ExitStack() as stack:
-        for name, replacement in patches.items():
-            stack.enter_context(mock.patch(name, replacement))
-        train(config, rank)
-
-
-def train_in_two_processes(config, patches=None):
-    """Run the command in two processes; patches: {name: what replaces it} in both."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # Not forked from this process: OpenMP cannot be used in a fork of a process whose OpenMP has
-    # started threads. The server, which has imported everything, has none.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
-    threads = torch.get_num_threads()
-    processes = [
-        context.Process(target=train_rank, args=(rank, store.port, config, patches or {}, threads))
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+from captioning.base.checkpoints import load_safely
+from captioning.base.distributed import _fresh_store, interleave
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -166,3 +111,35 @@ def test_interleave(world_size):
     """`interleave` restores the order of a list that was divided between ranks."""
     whole = list(range(7))
     assert interleave([whole[rank::world_size] for rank in range(world_size)]) == whole
+
+
+def started(store):
+    """The stores of two ranks that start together, as threads, on the store of torchrun."""
+    found = {}
+
+    def start(rank):
+        found[rank] = _fresh_store()[0]
+
+    def rendezvous(*args, **kwargs):
+        yield store, int(threading.current_thread().name), 2
+
+    threads = [threading.Thread(target=start, args=(rank,), name=str(rank)) for rank in (0, 1)]
+    with mock.patch("torch.distributed.rendezvous", rendezvous):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return found[0], found[1]
+
+
+def test_restart():
+    """After each start both ranks have the same keys, and none of an earlier start, also if the
+    second rank was killed during that one.
+    """
+    store = torch.distributed.HashStore()
+    store.set("request/1", "of a killed rank")
+    for _ in range(3):
+        first, second = started(store)
+        assert not first.check(["address"]) and not second.check(["address"])
+        first.set("address", "1")
+        assert second.get("address") == b"1"

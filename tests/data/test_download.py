@@ -34,8 +34,8 @@ from coco_server import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning.data import download
 from captioning.base import files
+from captioning.data import download
 from captioning.data.download import DownloadError, download_coco, fetch, unzip
 
 FAST = {"tries": 4, "timeout": 0.3, "backoff": 0.001}
@@ -377,8 +377,17 @@ def truncated(path):
         (lambda path: path.write_bytes(BODY), "not a valid zip"),
         (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "not a valid zip"),
     ],
-    ids=["link", "encrypted", "bomb", "flipped", "flipped, stored", "truncated", "empty file",
-         "random bytes", "no members"],
+    ids=[
+        "link",
+        "encrypted",
+        "bomb",
+        "flipped",
+        "flipped, stored",
+        "truncated",
+        "empty file",
+        "random bytes",
+        "no members",
+    ],
 )
 def test_an_invalid_zip_is_refused(tmp_path, make, reason):
     """Nothing of a zip is extracted if a member is unsafe or damaged or the ratio too high."""
@@ -648,7 +657,9 @@ def test_ctrl_c_keeps_the_part(tmp_path, server):
     server.files[path] = bytes(2**17) + server.files[path]  # still a zip, but several chunks
     server.faults[path] = ["stall"]
     process = subprocess.Popen(
-        command(server, tmp_path, "--first", "1"), stderr=subprocess.PIPE, text=True,
+        command(server, tmp_path, "--first", "1"),
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert server.stalled.wait(10)

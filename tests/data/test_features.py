@@ -14,12 +14,18 @@ from conftest import calibrated_weights, supported
 from PIL import Image
 from torchvision.transforms import v2
 
-from captioning.data import features
-from data_loader import identity_collate
 from captioning.base.distributed import resolve_precision
-from captioning.data.features import FeatureArray, ReadableImages, extract_features, find_bad_images, fingerprint
 from captioning.base.files import fcntl
+from captioning.data import features
+from captioning.data.features import (
+    FeatureArray,
+    ReadableImages,
+    extract_features,
+    find_bad_images,
+    fingerprint,
+)
 from captioning.data.images import BadImageError, eval_transform, load_image
+from data_loader import identity_collate
 from model import EncoderCNN
 
 transform = eval_transform(64)

@@ -9,6 +9,7 @@ from captioning.data.images import (
     BadImageError,
     CropTransform,
     attention_mask,
+    centre_crop,
     eval_transform,
     load_image,
     train_transform,
@@ -40,8 +41,11 @@ def with_palette(image):
         (lambda: array([[[0, 9, 0, 255], [0] * 4]], np.uint8), "png", [[0, 9, 0], [255] * 3]),
         (lambda: with_palette(array([[0, 1]], np.uint8, "P")), "png", [[255, 0, 0], [255] * 3]),
         (lambda: Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "jpg", [[254, 0, 0]]),
-        (lambda: array([[0, 257, 32768, 65535]], np.uint16), "png",
-         [[0] * 3, [1] * 3, [128] * 3, [255] * 3]),
+        (
+            lambda: array([[0, 257, 32768, 65535]], np.uint16),
+            "png",
+            [[0] * 3, [1] * 3, [128] * 3, [255] * 3],
+        ),
     ],
     ids=["grey", "grey and alpha", "RGBA", "palette", "CMYK", "16 bits"],
 )
@@ -98,6 +102,19 @@ def test_eval_transform(tmp_path, size):
     assert image.shape == (3, 64, 64) and image.dtype == torch.float32
     assert torch.equal(image, transform(path))
     assert torch.equal(image, transform(Image.open(path)))
+
+
+@pytest.mark.parametrize("width, height", [(100, 40), (40, 100), (40, 40)])
+def test_centre_crop(width, height):
+    """The crop is the square in the middle of the image, enlarged; `eval_transform` uses it."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    image = Image.fromarray(np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8))
+    left, top = (width - 40) // 2, (height - 40) // 2
+    crop = centre_crop(image, 80)
+    expected = np.asarray(image)[top : top + 40, left : left + 40].repeat(2, 0).repeat(2, 1)
+    np.testing.assert_allclose(np.asarray(crop, dtype=int), expected, atol=1)
+    transformed = eval_transform(80, mean=(0, 0, 0), std=(1, 1, 1))(image)
+    np.testing.assert_allclose(255 * transformed.permute(1, 2, 0), crop, atol=1e-3)
 
 
 def test_normalization(tmp_path):

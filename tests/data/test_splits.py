@@ -75,10 +75,17 @@ def test_folder(tmp_path):
 def test_splits_of_karpathy(tmp_path):
     """Karpathy's file gives the split of every image of COCO 2014, whichever folder it is in."""
     images = [
-        karpathy_image(number, split, cocoid=number, filepath=f"{folder}2014",
-                       filename=f"{number % 100:02}.jpg")
+        karpathy_image(
+            number,
+            split,
+            cocoid=number,
+            filepath=f"{folder}2014",
+            filename=f"{number % 100:02}.jpg",
+        )
         for number, folder, split in (
-            (100, "train", "train"), (101, "val", "restval"), (102, "val", "val"),
+            (100, "train", "train"),
+            (101, "val", "restval"),
+            (102, "val", "val"),
             (103, "val", "test"),
         )
     ]
@@ -150,7 +157,11 @@ def karpathy_image(number, split, **more):
         {"sentid": 10 * number + i, "raw": f" Caption {i} of {number}.\n"} for i in range(2)
     ]
     return {
-        "filename": f"{number}.jpg", "imgid": number, "split": split, "sentences": sentences, **more
+        "filename": f"{number}.jpg",
+        "imgid": number,
+        "split": split,
+        "sentences": sentences,
+        **more,
     }
 
 
@@ -174,7 +185,10 @@ def test_karpathy_splits(tmp_path):
         "test": [(3, "3.jpg")],
     }
     assert [a["caption"] for a in splits["train"]["annotations"]] == [
-        "Caption 0 of 0.", "Caption 1 of 0.", "Caption 0 of 1.", "Caption 1 of 1."
+        "Caption 0 of 0.",
+        "Caption 1 of 0.",
+        "Caption 0 of 1.",
+        "Caption 1 of 1.",
     ]
 
 

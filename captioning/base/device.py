@@ -1,4 +1,9 @@
-"""The device and the precision."""
+"""The device, the precision and the state of the random numbers.
+
+device = pick_device("auto")               # CUDA, MPS or the CPU
+with autocast(device, "auto"):             # bfloat16 where the hardware accelerates it
+    ...
+"""
 
 import functools
 import os
@@ -8,19 +13,17 @@ import torch
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-# ---------------------------------------------------------------------------- device
-
-
 def pick_device(name) -> torch.device:
     """The device called `name`; "auto" prefers CUDA, then MPS, then the CPU.
 
     Under torchrun "auto" and "cuda" select the GPU of the local rank. Raises ValueError if the
     device is not available.
     """
-    if name == "auto" or (name == "cuda" and "LOCAL_RANK" in os.environ):
+    if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
@@ -28,7 +31,7 @@ def pick_device(name) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} is not available ({reason})") from None
+        raise ValueError(f"device {name!r} is not available ({reason})") from error
 
 
 def use_deterministic_algorithms():
@@ -48,9 +51,6 @@ def set_rng_state(state, device):
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-# ---------------------------------------------------------------------------- precision
-
-
 def autocast(device, precision="auto"):
     """torch.autocast in the precision selected by `resolve_precision`; no effect for float32."""
     enabled = resolve_precision(device, precision) == "bfloat16"
@@ -64,35 +64,39 @@ def resolve_precision(device, precision="auto") -> str:
     PyTorch's LSTM supports it. Feature extraction, training, validation and captioning all use it.
     Raises ValueError for an unknown setting, or for bfloat16 on a device without support.
     """
+    device = torch.device(device).type
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
-    device = torch.device(device)
-    if precision == "bfloat16" and not _lstm_supports_bfloat16(device.type):
-        raise ValueError(
-            f"PyTorch's LSTM does not support bfloat16 on this {device.type} device; "
-            "use --precision float32 (or auto)"
-        )
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        supports = torch.cpu.get_capabilities()
-        fast = bool(supports.get("avx512_bf16") or supports.get("amx_bf16"))
-    else:
-        fast = False
-    return "bfloat16" if fast and _lstm_supports_bfloat16(device.type) else "float32"
+    if precision == "float32" or (precision == "auto" and not _accelerates_bfloat16(device)):
+        return "float32"
+    if _lstm_supports_bfloat16(device):
+        return "bfloat16"
+    if precision == "auto":
+        return "float32"
+    raise ValueError(
+        f"PyTorch's LSTM does not support bfloat16 on this {device} device; "
+        "use --precision float32 (or auto)"
+    )
+
+
+def _accelerates_bfloat16(device) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    supports = torch.cpu.get_capabilities()
+    return bool(supports.get("avx512_bf16") or supports.get("amx_bf16"))
 
 
 @functools.cache
-def _lstm_supports_bfloat16(device_type) -> bool:
+def _lstm_supports_bfloat16(device) -> bool:
     """Whether a tiny LSTM runs: some CPUs have bfloat16 matrix products but no bfloat16 LSTM."""
     try:
         # The first call may be in a context without gradients, and the result is kept.
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
-            inputs = torch.zeros(1, 1, 8, device=device_type, requires_grad=True)
-            lstm = torch.nn.LSTM(8, 8, device=device_type)
-            with torch.autocast(device_type, torch.bfloat16):
+            inputs = torch.zeros(1, 1, 8, device=device, requires_grad=True)
+            lstm = torch.nn.LSTM(8, 8, device=device)
+            with torch.autocast(device, torch.bfloat16):
                 lstm(inputs)[0].sum().backward()
     except RuntimeError:
         return False
