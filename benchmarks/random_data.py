@@ -3,7 +3,6 @@
 write_data("data", images=6_091)      # data/images, data/train.json, data/val.json
 """
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -12,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 FILES = 256  # different image files; image i is the file (i % FILES).jpg
-CONSONANTS, VOWELS = "bdfghjklmnprstv", "aeiou"
-SYLLABLES = ["".join(letters) for letters in itertools.product(CONSONANTS, VOWELS, CONSONANTS)]
+LETTERS = str.maketrans("0123456789", "aeioubdkmt")
 
 
 def write_data(folder, images):
@@ -54,7 +52,7 @@ def make_captions(count, seed, words=10_000, exponent=1.25):
     30,000 captions, as in Flickr8k, and all of them in 600,000, as in COCO.
     """
     rng = np.random.default_rng(seed)
-    names = np.array([word(number) for number in range(words)])
+    names = np.array([str(number).translate(LETTERS) for number in range(words)])
     probabilities = np.arange(1, words + 1) ** -exponent
     lengths = 7 + rng.poisson(3.5, count)
     sampled = names[rng.choice(words, lengths.sum(), p=probabilities / probabilities.sum())]
@@ -62,43 +60,30 @@ def make_captions(count, seed, words=10_000, exponent=1.25):
     return [" ".join(sentence).capitalize() + "." for sentence in sentences]
 
 
-def word(number):
-    """A word of one or more syllables; small numbers give short words, as frequent words are."""
-    text = SYLLABLES[number % len(SYLLABLES)]
-    while number := number // len(SYLLABLES):
-        text += SYLLABLES[number % len(SYLLABLES)]
-    return text
-
-
-def end_at_length(decoder, end, rise=0.1, steepness=200.0):
+def end_at_length(decoder, end):
     """Make the LSTM's first unit count words, and `end` most probable after about eleven of them.
 
-    Its gates stay open, so that its cell grows by about `rise` per word; what remains of its random
+    Its gates stay open, so that its cell grows by about 0.1 per word; what remains of its random
     weights makes some captions longer than others. The other words get the large differences in
     probability of a trained decoder, without which a beam search would rarely end early.
 
     decoder: with a single LSTM and a linear layer, or an `AttentionDecoder`. Changes it in place.
     """
     weights = decoder.requires_grad_(False).state_dict()
-    lstm = "language_lstm." if "language_lstm.weight_hh_l0" in weights else "lstm."
-    size = weights[f"{lstm}weight_hh_l0"].size(1)
-    for name, gates in weights.items():
-        if not name.startswith(lstm):
-            continue
-        for gate in (0, 1, 3):  # input, forget, output
-            gates[gate * size] = 5.0 if "bias" in name else 0.0
-        gates[2 * size] *= 0.1
-        if "bias" in name:
-            gates[2 * size] = rise / 2  # there are two biases
-    logits = weights["linear.weight"]  # (vocab_size, size)
-    if "projection.weight" in weights:  # keep the first unit through the layers before the logits
-        projection = weights["projection.weight"]
-        projection *= 40
-        projection[0], projection[0, 0] = 0.0, 1.0
-        weights["projection.bias"][0] = 0.0
-        weights["shortcut.weight"][0], weights["shortcut.bias"][0] = 0.0, 0.0
+    lstm = "language_lstm" if "projection.weight" in weights else "lstm"
+    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        input_gate, forget_gate, cell, output_gate = weights[f"{lstm}.{kind}_l0"].chunk(4)
+        for gate in (input_gate, forget_gate, output_gate):
+            gate[0] = 5.0 if "bias" in kind else 0.0
+        cell[0] = 0.05 if "bias" in kind else 0.05 * cell[0]
+    if lstm == "language_lstm":  # keep the first unit through the layers before the logits
+        weights["projection.weight"] *= 40
+        for name in ("projection", "shortcut"):
+            weights[f"{name}.weight"][0], weights[f"{name}.bias"][0] = 0.0, 0.0
+        weights["projection.weight"][0, 0] = 1.0
     else:
-        logits *= 40
-    logits[:, 0] = 0.0
-    logits[end], logits[end, 0] = 0.0, steepness
-    weights["linear.bias"][end] = -steepness * math.tanh(1)
+        weights["linear.weight"] *= 40
+    weights["linear.weight"][:, 0] = 0.0
+    weights["linear.weight"][end] = 0.0
+    weights["linear.weight"][end, 0] = 200.0
+    weights["linear.bias"][end] = -200.0 * math.tanh(1)

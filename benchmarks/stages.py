@@ -20,11 +20,16 @@ import torch
 from random_data import end_at_length
 from rounds import serve
 
-from captioning.base.precision import pick_device
+from captioning.base.device import pick_device
 from captioning.base.tokens import END
 from captioning.data.coco import CocoCaptions
-from captioning.data.extraction import extract_features, fingerprint, shard_file, write_shard
-from captioning.data.features import SHARD_SIZE
+from captioning.data.extraction import (
+    SHARD_SIZE,
+    extract_features,
+    fingerprint,
+    shard_file,
+    write_shard,
+)
 from captioning.data.images import eval_transform
 from captioning.data.tokenized import tokenize_all
 from captioning.learning.loop import train_one_epoch
@@ -34,7 +39,7 @@ from model import EncoderCNN
 from train import build_model, build_run
 from vocabulary import Vocabulary
 
-BATCHES = 32  # per unit of training
+BATCHES = 16  # per unit of training
 
 
 def vocabulary(data, scratch):
