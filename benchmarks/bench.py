@@ -15,7 +15,6 @@ there is one; this project in its default precision, the classic loop in float32
 
 import argparse
 import os
-import platform
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +22,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from random_data import write_data
-from rounds import Side
+from rounds import ask, start
 
 HERE = Path(__file__).resolve().parent
 # Each stage of this project, and that of the classic loop to compare it with, if there is one.
 STAGES = [
-    ("vocabulary", "vocabulary"),
     ("images", "images"),
     ("extraction", "extraction"),
     ("start", None),
@@ -49,19 +47,19 @@ def pairs(args):
     """(a stage, the script of the other side or None, its stage) for each row of the table."""
     if not args.against:
         return [(ours, other and HERE / "classic.py", other) for ours, other in STAGES]
-    path = Path(args.against)
-    script = path if path.is_file() else path / "benchmarks" / "stages.py"
-    return [(stage, script, stage) for stage in dict(STAGES)]
+    return [(stage, args.against, stage) for stage in dict(STAGES)]
 
 
 def measure(stage, script, other, data, args):
     """(the median rates, the ratio in each round, the memory of this project in MB)."""
+    commands = [(HERE / "stages.py", stage), *([(script, other)] if script else [])]
     with ExitStack() as stack:
-        sides = [(HERE / "stages.py", stage), *([(script, other)] if script else [])]
-        for number, side in enumerate(sides):
-            scratch = stack.enter_context(TemporaryDirectory(dir=data))
-            sides[number] = stack.enter_context(Side(*side, data, scratch))
-        answers = [[side.round(args.seconds) for side in sides] for _ in range(args.rounds)]
+        folders = [stack.enter_context(TemporaryDirectory(dir=data)) for _ in commands]
+        sides = [
+            stack.enter_context(start(*command, data, scratch))
+            for command, scratch in zip(commands, folders, strict=True)
+        ]
+        answers = [[ask(side, args.seconds) for side in sides] for _ in range(args.rounds)]
     rates = [[answer["rate"] for answer in answered] for answered in answers]
     ratios = [ours / other for ours, *others in rates for other in others]
     return [median(side) for side in zip(*rates, strict=True)], ratios, answers[-1][0]["memory"]
@@ -71,23 +69,20 @@ def as_line(stage, other, rates, ratios, memory):
     name = stage if other in (stage, None) else f"{stage}, and {other}"
     ours, theirs = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in [*rates, 0][:2])
     items = "images" if stage.startswith(("images", "extraction", "captioning")) else "captions"
-    if not ratios:
-        return f"| {name} | {ours} {items}/s | | | {memory:,.0f} |"
-    ratio = f"{median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
-    return f"| {name} | {ours} {items}/s | {theirs} | {ratio} | {memory:,.0f} |"
+    ratio = f"{median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})" if ratios else ""
+    return f"| {name} | {ours} {items}/s | {theirs if ratios else ''} | {ratio} | {memory:,.0f} |"
 
 
 def whole_run(rates, images):
     """Text about the minutes of a whole run without validation, extrapolated from the rates."""
-    captions, (words, words_2) = 5 * images, rates["vocabulary", "vocabulary"]
-    cnn, cnn_2 = rates["extraction", "extraction"]
-    (steps, steps_2), (_, cached) = (rates["training", f"training{x}"] for x in ("", "-cached"))
-    ours = captions / words + images / cnn + EPOCHS * captions / steps
-    classic = captions / words_2 + EPOCHS * captions / steps_2
-    caching = captions / words_2 + images / cnn_2 + EPOCHS * captions / cached
+    cnn, cnn_2 = (images / rate for rate in rates["extraction", "extraction"])  # seconds
+    captions = EPOCHS * 5 * images
+    steps, steps_2 = (captions / rate for rate in rates["training", "training"])
+    caching = cnn_2 + captions / rates["training", "training-cached"][1]
+    ours = cnn + steps
     return (
-        f"{EPOCHS} epochs with {captions:,} captions (extrapolated): {ours / 60:.1f} minutes; "
-        f"the classic loop {classic / 60:.1f} ({classic / ours:.3g} times as long), with cached "
+        f"{EPOCHS} epochs of {5 * images:,} captions (extrapolated): {ours / 60:.1f} minutes; "
+        f"the classic loop {steps_2 / 60:.1f} ({steps_2 / ours:.3g} times as long), with cached "
         f"features {caching / 60:.1f} ({caching / ours:.3g} times as long)"
     )
 
@@ -100,10 +95,13 @@ def main():
     parser.add_argument("--seconds", type=float, default=2, help="least duration of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.against and Path(args.against).is_dir():
+        args.against = f"{args.against}/benchmarks/stages.py"
+    if args.against and not Path(args.against).is_file():
+        parser.error(f"there is no file {args.against}, which --against needs")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS {threads}, ", end="")
-    print(f"torch {version('torch')}\n\n| stage | this project | other | ratio | MB |")
-    print("|---|---|---|---|---|", flush=True)
+    print(f"{os.cpu_count()} cores, OMP_NUM_THREADS {threads}, torch {version('torch')}\n")
+    print("| stage | this project | other | ratio | MB |\n|---|---|---|---|---|", flush=True)
     rates = {}
     with TemporaryDirectory() as data:
         write_data(data, args.images)

@@ -25,14 +25,9 @@ from torchvision import models, transforms
 PAD, START, END, UNK = range(4)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH_SIZE, FEATURE_SIZE, EMBED_SIZE, HIDDEN_SIZE = 64, 2048, 256, 512
-TRANSFORM = transforms.Compose(
-    [
-        transforms.Resize(256),
-        transforms.RandomCrop(224),
-        transforms.ToTensor(),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
-)
+STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEPS = transforms.Resize(256), transforms.RandomCrop(224), transforms.ToTensor()
+TRANSFORM = transforms.Compose([*STEPS, transforms.Normalize(*STATISTICS)])
 
 
 def read(data):
@@ -44,12 +39,12 @@ def read(data):
 
 
 def tokenize(captions, threshold=5):
-    """(number of words, indices of every caption); the captions are tokenized twice, as usual."""
-    split = TreebankWordTokenizer().tokenize
-    counts = Counter(word for text in captions for word in split(text.lower()))
+    """(number of words, indices of every caption)."""
+    tokenized = [TreebankWordTokenizer().tokenize(text.lower()) for text in captions]
+    counts = Counter(word for caption in tokenized for word in caption)
     words = [word for word, count in counts.items() if count >= threshold]
     index = {word: i for i, word in enumerate(words, start=4)}
-    ids = [[index.get(word, UNK) for word in split(text.lower())] for text in captions]
+    ids = [[index.get(word, UNK) for word in caption] for caption in tokenized]
     return len(words) + 4, [torch.tensor([START, *known, END]) for known in ids]
 
 
@@ -118,13 +113,6 @@ def beam_search(decoder, feature, beam_size=3, max_len=20):
 # ---------------------------------------------------------------------------- stages
 
 
-def vocabulary(data, scratch):
-    captions = read(data)[1][:1_000]
-    while True:
-        tokenize(captions)
-        yield len(captions)
-
-
 def images(data, scratch):
     for path in itertools.cycle(read(data)[0]):
         load(path)
@@ -170,7 +158,6 @@ def captioning(data, scratch):
 
 
 STAGES = {
-    "vocabulary": vocabulary,
     "images": images,
     "extraction": extraction,
     "training": partial(training, False),

@@ -1,8 +1,8 @@
 """Measuring programs in turn: each prepares its work in a process of its own, and repeats it.
 
-    serve(STAGES)                                    # in the measured program
-    side = Side("stages.py", "training", data, scratch)
-    side.round(2)                                    # {"rate": items per second, "memory": MB}
+    serve(STAGES)                                       # in the measured program
+    with start("stages.py", "training", data, scratch) as process:
+        ask(process, 2)                                 # {"rate": items per second, "memory": MB}
 
 The measured program reads the least duration of a round, in seconds, from a line of standard input,
 works for that long, and answers with a line of JSON, until its standard input ends.
@@ -46,25 +46,17 @@ def measure(work, seconds):
     return {"rate": items / (now - start), "memory": memory}
 
 
-class Side:
-    """A stage in a process of its own. Use it in a `with` statement, which ends the process."""
+def start(script, stage, data, scratch):
+    """A stage in a process of its own, which ends with the `with` statement."""
+    command = [sys.executable, str(script), stage, str(data), str(scratch)]
+    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def __init__(self, script, stage, data, scratch):
-        self.command = [sys.executable, str(script), stage, str(data), str(scratch)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(self.command, text=True, **pipes)
 
-    def round(self, seconds):
-        """The answer of a round. Raises RuntimeError if the process has died."""
-        with contextlib.suppress(BrokenPipeError):
-            print(seconds, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"this command died, see above: {' '.join(self.command)}")
-        return json.loads(answer)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.communicate()  # closes its standard input, and waits for its end
+def ask(process, seconds):
+    """The answer of a round. Raises RuntimeError if the process has died."""
+    with contextlib.suppress(BrokenPipeError):
+        print(seconds, file=process.stdin, flush=True)
+    answer = process.stdout.readline()
+    if not answer:
+        raise RuntimeError(f"this command died, see above: {' '.join(process.args)}")
+    return json.loads(answer)

@@ -31,24 +31,13 @@ from captioning.data.extraction import (
     write_shard,
 )
 from captioning.data.images import eval_transform
-from captioning.data.tokenized import tokenize_all
 from captioning.learning.loop import train_one_epoch
 from captioning.learning.options import TrainConfig
 from captioning.scoring.evaluation import caption_split, evaluate_loss
 from model import EncoderCNN
 from train import build_model, build_run
-from vocabulary import Vocabulary
 
 BATCHES = 16  # per unit of training
-
-
-def vocabulary(data, scratch):
-    """From captions to a vocabulary and the indices of every caption."""
-    captions = CocoCaptions(data / "images", data / "train.json").all_captions[:5_000]
-    while True:
-        tokenized = tokenize_all(captions)
-        tokenized.encode(Vocabulary.from_counts(tokenized.counts(), threshold=5))
-        yield len(captions)
 
 
 def images(data, scratch):
@@ -73,8 +62,9 @@ def extraction(data, scratch):
 # ---------------------------------------------------------------------------- with a run
 
 
-def make_config(data, scratch, inject):
-    return TrainConfig(
+def random_config(data, scratch, inject):
+    """The default options, and random features of the images."""
+    config = TrainConfig(
         train_images=str(data / "images"),
         train_captions=str(data / "train.json"),
         val_images=str(data / "images"),
@@ -84,6 +74,8 @@ def make_config(data, scratch, inject):
         weights=None,
         inject=inject,
     )
+    write_features(config)
+    return config
 
 
 def write_features(config):
@@ -109,16 +101,9 @@ def write_features(config):
                 write_shard(folder, start, features[: len(split) - start], {})
 
 
-def random_run(data, scratch, inject):
-    config = make_config(data, scratch, inject)
-    write_features(config)
-    return build_run(config)
-
-
 def start(data, scratch):
     """From the command to the first batch, if features and words are there; items: captions."""
-    config = make_config(data, scratch, "par")
-    write_features(config)
+    config = random_config(data, scratch, "par")
     while True:
         run = build_run(config)
         run.lock.release()
@@ -135,7 +120,7 @@ def last_batches(run):
 
 
 def training(inject, data, scratch):
-    run = random_run(data, scratch, inject)
+    run = build_run(random_config(data, scratch, inject))
     first, captions = last_batches(run)
     while True:
         run.progress.step = first
@@ -147,7 +132,7 @@ def training(inject, data, scratch):
 
 def loader(inject, data, scratch):
     """The batches of training, without training."""
-    run = random_run(data, scratch, inject)
+    run = build_run(random_config(data, scratch, inject))
     first, captions = last_batches(run)
     while True:
         run.train_loader.batch_sampler.set_epoch(0, first)
@@ -157,7 +142,7 @@ def loader(inject, data, scratch):
 
 
 def validation(inject, data, scratch):
-    run = random_run(data, scratch, inject)
+    run = build_run(random_config(data, scratch, inject))
     while True:
         evaluate_loss(run.model, run.val_loader)
         yield len(run.val_loader.dataset)
@@ -165,14 +150,14 @@ def validation(inject, data, scratch):
 
 def captioning(inject, data, scratch):
     """Beam search from features."""
-    run = random_run(data, scratch, inject)
+    run = build_run(random_config(data, scratch, inject))
     end_at_length(run.model.decoder, END)
     while True:
         caption_split(run.model, run.val_images, beam_size=3)
         yield len(run.val_images)
 
 
-STAGES = {"vocabulary": vocabulary, "images": images, "extraction": extraction, "start": start}
+STAGES = {"images": images, "extraction": extraction, "start": start}
 for stage in (training, loader, validation, captioning):
     STAGES[stage.__name__] = partial(stage, "par")
     STAGES[f"{stage.__name__}-attend"] = partial(stage, "attend")

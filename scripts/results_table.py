@@ -19,6 +19,7 @@ captions or the weights have changed. Captions are generated with a beam of 5.
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import statistics
@@ -166,16 +167,15 @@ def main():
     args.data = json.loads(Path(args.data).read_text())
     lines = [f"| encoder | model | seeds | {' | '.join(COLUMNS)} |"]
     lines.append("|---" * (3 + len(COLUMNS)) + "|")
-    for encoder in args.data["encoders"]:
-        for row in args.rows:
-            if args.dry_run:
-                for seed in args.seeds if row != "ensemble" else []:
-                    print("python train.py", *train_command(args, encoder, row, seed))
-                continue
-            if row == "ensemble":
-                results = [ensemble_result(args, encoder)]
-            else:
-                results = [result(args, encoder, row, seed) for seed in args.seeds]
+    for encoder, row in itertools.product(args.data["encoders"], args.rows):
+        if args.dry_run:
+            for seed in args.seeds if row != "ensemble" else []:
+                print("python train.py", *train_command(args, encoder, row, seed))
+        elif row == "ensemble":
+            results = [ensemble_result(args, encoder)]
+        else:
+            results = [result(args, encoder, row, seed) for seed in args.seeds]
+        if not args.dry_run:
             lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {format_cells(results)} |")
     if not args.dry_run:
         print("\n".join(lines))

@@ -45,8 +45,9 @@ COLUMNS = {
 
 @torch.no_grad()
 def attention_shares(model, data, features) -> np.ndarray:
-    """The means over the nouns of the part of the attention, and of the image, in the box of the
-    named object: shape (2,). Of the first caption of each scene in `data`.
+    """(2,) the mean parts of the attention, and of the image, that are in the box of a named object.
+
+    Over the nouns of the first caption of each scene in `data`.
     """
     scenes = {number: scene for split, number, scene, _ in generate_scenes() if split == "test"}
     scenes, found = iter([scenes[number] for number in data.image_ids]), []

@@ -48,8 +48,7 @@ def main():
     args = parser.parse_args()
     args.data = json.loads(Path(args.data).read_text())
     for row in ROWS:
-        metrics = result(args, ENCODER, row, args.seed)
-        print(f"{row}: CIDEr-D {metrics['CIDEr-D']:.3f}, BLEU-4 {metrics['BLEU-4']:.3f}")
+        result(args, ENCODER, row, args.seed)
     best = run_folder(args, ENCODER, ROWS[-1], args.seed) / "best.pt"
     export(best, args.target, CARD)  # in half precision, so that the scores differ a little
     metrics = metrics_of(args, [args.target])
