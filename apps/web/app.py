@@ -8,6 +8,8 @@ inside the page (describe.py), and guard.py refuses every request that the page 
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -123,6 +125,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(arguments)
+    # glibc keeps freed memory for each thread: in 240 photos, half of them of 12 megapixels, the
+    # program grew from 0.97 to 1.2 GB and did not stop; with two such arenas it stays at 1.1 GB.
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted
     try:
         model = CaptionModel.from_checkpoint(options.checkpoint)

@@ -48,7 +48,7 @@ def describe(model, image, method=BEAM, beam_size=5, temperature=1.0) -> Descrip
     for row in rows:
         first.setdefault(captions[row], row)
     probabilities = decoded.log_probs.sum(-1).flatten().exp()[list(first.values())].tolist()
-    maps = None if decoded.attention is None else model.attention_maps(decoded)[rows[0]]
+    maps = None if decoded.attention is None else decoded.attention_maps()[rows[0]]
     return Description(list(first), probabilities, maps if np.ndim(maps) == 3 else None)
 
 
