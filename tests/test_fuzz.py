@@ -99,7 +99,19 @@ def test_damaged_images(tmp_path):
 
 # ---------------------------------------------------------------------------- captions
 
-ODD = [None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "a" * 200, "\ud800", "\u202e"]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "a" * 100_000,
+    "\ud800",
+    "\u202e",
+]
 ODD += ["", " ", "\0", "..", "../x.jpg", "/etc/passwd", "🐕", [], {}, [[]], {"id": 1}, [None] * 3]
 
 
@@ -150,15 +162,6 @@ def test_damaged_captions(dataset):
     )
     refused = refusals(dataset / "damaged.json", contents, use, DataError)
     assert CAPTIONS / 4 < refused < CAPTIONS
-
-
-@pytest.mark.xfail(strict=True, reason="Path.is_symlink raises an OSError; os.path.islink does not")
-def test_file_name_that_is_too_long(dataset):
-    """A file name that no file system allows is an unreadable image, or a short error."""
-    content = json.loads((dataset / "captions.json").read_text())
-    content["images"][3]["file_name"] = "a" * 1000
-    (dataset / "captions.json").write_text(json.dumps(content))
-    CocoCaptions(dataset / "images", dataset / "captions.json")
 
 
 @pytest.mark.parametrize(
