@@ -101,9 +101,12 @@ class CaptionDataset(ImageDataset):
         """A whole batch at once; each image is loaded once."""
         rows, image_index = np.unique(self.image_rows[indices], return_inverse=True)
         images, features = self.inputs(rows)
-        captions = pad_sequence([self.caption(i) for i in indices], True, PAD)
-        lengths = torch.from_numpy(self.lengths[indices])
-        return Batch(images, captions, lengths, torch.from_numpy(image_index), features)
+        lengths = self.lengths[indices]
+        steps = np.arange(lengths.max())
+        places = (self.ends[indices] - lengths)[:, None] + steps  # (B, T) in `ids`
+        ids = self.ids[np.minimum(places, len(self.ids) - 1)].astype(np.int64)
+        captions = np.where(steps < lengths[:, None], ids, PAD)
+        return Batch(images, *map(torch.from_numpy, (captions, lengths, image_index)), features)
 
 
 def collate(items) -> Batch:

@@ -9,7 +9,7 @@
     history = fit(run)
 
 Written to `--out`: best.pt (the best epoch on validation), last.pt (everything needed to resume),
-history.jsonl (one line per epoch; history.csv has the same), vocabulary.json and metrics.json.
+history.jsonl (one line per epoch), vocabulary.json and metrics.json.
 """
 
 import json

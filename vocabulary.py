@@ -3,12 +3,11 @@
 vocab = Vocabulary.build(training_captions, threshold=5)
 vocab.encode("A dog runs.")     # [1, 4, 17, 92, 2]: <start> a dog runs <end>
 vocab.decode([4, 17, 92, 2])    # "a dog runs"
-vocab.save("vocabulary.json"); vocab = Vocabulary.load("vocabulary.json")
+vocab.save("vocabulary.json")   # {"threshold": 5, "words": [..]}
 """
 
 import json
 from collections import Counter
-from pathlib import Path
 
 from captioning.base.files import write_text
 from captioning.base.tokens import END, PAD, SPECIAL_TOKENS, START, UNK, tokenize
@@ -95,17 +94,3 @@ class Vocabulary:
         """Write the vocabulary as JSON."""
         content = {"threshold": self.threshold, "words": self.words}
         write_text(path, json.dumps(content, ensure_ascii=False, indent=0))
-
-    @classmethod
-    def load(cls, path) -> "Vocabulary":
-        """Read a file written by `save`. Raises FileNotFoundError, or ValueError if damaged."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(content["words"], int(content["threshold"]))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no vocabulary at {path}; train first") from None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path} is not a vocabulary written by Vocabulary.save ({error}); "
-                "delete it and build it again from the training captions"
-            ) from None

@@ -29,7 +29,7 @@ def trained(shared_dataset):
         torch.nn.init.normal_(weight)
     save(run.model.checkpoint(), f"{run.config.out}/best.pt")
     yield run
-    run.lock.release()
+    run.lock.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,8 @@ from data_loader import ImageDataset
 from model import CaptionModel
 from runs import contents
 from train import build_run, main, report
-from vocabulary import Vocabulary
 
-FILES = {"best.pt", "history.csv", "history.jsonl", "last.pt", "vocabulary.json"}
+FILES = {"best.pt", "history.jsonl", "last.pt", "vocabulary.json"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_report(finished):
     """
     out = Path(finished.config.out)
     assert set(contents(out)) == FILES
-    words = Vocabulary.load(out / "vocabulary.json").words
+    words = json.loads((out / "vocabulary.json").read_text())["words"]
     assert words == finished.model.vocab.words
     metrics = report(finished)
     assert json.loads((out / "metrics.json").read_text()) == metrics

@@ -62,8 +62,9 @@ class Views:
     def __getitem__(self, rows):
         """(B,) rows -> (B, P, C) float32."""
         rows = self.kept[rows]
-        views = self.draw(rows) if self.random else self.arrays[0][rows].astype(np.float32).mean(1)
-        return torch.from_numpy(views).float()
+        if self.random:
+            return torch.from_numpy(self.draw(rows)).float()
+        return torch.from_numpy(self.arrays[0][rows]).float().mean(1)
 
     def draw(self, rows):
         """A random view of each image: (B,) rows -> (B, P, C)."""

@@ -17,7 +17,7 @@ from captioning.base.files import acquire_lock, write_text
 from captioning.base.options import names_with
 from captioning.learning.card import with_results
 
-RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "history.csv", "metrics.json")
+RUN_FILES = ("last.pt", "best.pt", "history.jsonl", "metrics.json")
 
 
 @contextlib.contextmanager
@@ -139,9 +139,6 @@ def write_history(out, history):
     if not history:
         return
     write_text(out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    columns = list(dict.fromkeys(name for line in history for name in line))
-    table = [columns, *([line.get(name, "") for name in columns] for line in history)]
-    write_text(out / "history.csv", "".join(",".join(map(str, row)) + "\n" for row in table))
 
 
 # ---------------------------------------------------------------------------- resuming

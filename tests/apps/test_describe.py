@@ -11,9 +11,9 @@ from conftest import calibrated_weights
 from PIL import Image
 
 from apps.web.describe import MAX_PHOTOS, Description, card, cards, describe, escape
+from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.networks.config import ModelConfig
 from model import CaptionModel
-from captioning.base.tokens import SPECIAL_TOKENS
 from vocabulary import Vocabulary
 
 WORDS = [*SPECIAL_TOKENS, "a", "cat", "dog", "on", "{{x}}", "<b>"]

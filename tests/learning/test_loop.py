@@ -1,6 +1,5 @@
 """The training loop: its history, the best epoch, and runs on datasets of one's own."""
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,14 +44,11 @@ def nll_by_hand(model, pairs):
 
 
 def test_history(finished):
-    """history.jsonl and history.csv contain the history, in which the training loss falls."""
+    """history.jsonl contains the history, in which the training loss falls."""
     history, out = finished.progress.history, Path(finished.config.out)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert [json.loads(line) for line in (out / "history.jsonl").open()] == history
-    with open(out / "history.csv") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    assert rows == history
 
 
 def test_best_checkpoint(finished):

@@ -16,7 +16,7 @@ def trained(shared_dataset):
     for weight in run.model.decoder.parameters():
         torch.nn.init.normal_(weight)
     yield run
-    run.lock.release()
+    run.lock.close()
 
 
 @torch.no_grad()
