@@ -1,267 +1,166 @@
-"""The stages that bench.py measures: for each, the work of this project and of the classic loop.
+"""The stages of this project that bench.py measures.
 
-    stage = STAGES["feature extraction"]
-    work = stage.ours(setting)     # prepared, not started
-    work.run(200)                  # for 200 images; returns how many were processed
+    python benchmarks/stages.py training data scratch      # see rounds.serve
 
-What is measured is what train.py runs: `extract_features`, `train_one_epoch`, `caption_images`.
+What is measured is what train.py and evaluate.py run. data: a folder that random_data.py has
+written; scratch: a folder for features and runs.
 """
 
-import time
-from collections.abc import Callable
-from copy import copy
-from dataclasses import replace
+import itertools
+import sys
 from functools import partial
-from itertools import islice
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
-import classic
+# The project's modules are one folder up, where `python benchmarks/stages.py` does not search.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
-from setting import (
-    SIZES,
-    Setting,
-    Work,
-    captioner,
-    classic_loop,
-    data,
-    encoder,
-    hide_output,
-    some_paths,
-    training_run,
-)
-from torchvision.models import list_models, quantization
+from random_data import end_at_length
+from rounds import serve
 
-from captioning.data.features import (
-    default_batch_size,
+from captioning.base.device import pick_device
+from captioning.base.tokens import END
+from captioning.data.coco import CocoCaptions
+from captioning.data.extraction import (
+    SHARD_SIZE,
     extract_features,
-    forward_batch,
-    optimized_for_inference,
-    reuse_freed_memory,
+    fingerprint,
+    shard_file,
+    write_shard,
 )
 from captioning.data.images import eval_transform
-from captioning.learning.losses import SelfCritical
-from captioning.learning.reward import CiderD
-from data_loader import image_loader, tokenize_all
-from evaluate import caption_images
-from train import train_one_epoch
-from vocabulary import Vocabulary
+from captioning.learning.loop import train_one_epoch
+from captioning.learning.options import TrainConfig
+from captioning.scoring.evaluation import caption_split, evaluate_loss
+from model import EncoderCNN
+from train import build_model, build_run
 
-# ---------------------------------------------------------------------------- vocabulary, images
-
-
-def vocabulary(warm, setting):
-    """From captions to a vocabulary and the indices of every caption; `warm`: from the cache."""
-    captions = data(setting).all_captions[: setting.tokenized]
-
-    def run(count):
-        with TemporaryDirectory(dir=setting.folder) as empty:
-            tokenized = tokenize_all(captions[:count], setting.folder if warm else empty)
-        _, lengths = tokenized.encode(Vocabulary.from_counts(tokenized.counts(), threshold=5))
-        return len(lengths)
-
-    return Work(run, len(captions), len(captions))
+BATCHES = 16  # per unit of training
 
 
-def classic_vocabulary(setting):
-    captions = data(setting).all_captions[: setting.tokenized]
-    return Work(lambda count: len(classic.tokenize(captions[:count])[1]), 500, len(captions))
+def images(data, scratch):
+    """Opening and resizing."""
+    transform, paths = eval_transform(224), sorted((data / "images").iterdir())
+    for path in itertools.cycle(paths):
+        transform(path)
+        yield 1
 
 
-def load_images(make_transform, setting):
-    transform = make_transform()
-
-    def run(count):
-        for path in some_paths(setting, count):
-            transform(path)
-        return count
-
-    return Work(run, 4, 1024)
-
-
-# ---------------------------------------------------------------------------- features
-
-
-def repeat_batch(encode, images, count):
-    """Encode the same batch until `count` images are done; returns how many were."""
-    batches = -(-count // len(images))
-    for _ in range(batches):
-        encode(images)
-    return batches * len(images)
-
-
-def encoder_forward(setting):
-    """What `extract_features` does with a batch of images."""
-    network, device = optimized_for_inference(encoder(setting)), setting.device
-    images = torch.rand(default_batch_size(device), 3, 224, 224)
-
-    @torch.inference_mode()
-    def encode(images):
-        forward_batch(network, list(images), device)
-
-    run = reuse_freed_memory()(partial(repeat_batch, encode, images))
-    return Work(run, len(images), 16_384)
-
-
-def classic_encoder_forward(setting):
-    images = torch.rand(setting.batch_size // 2, 3, 224, 224)
-    return Work(partial(repeat_batch, classic_loop(setting).encode, images), len(images), 16_384)
-
-
-def feature_extraction(setting):
+def extraction(data, scratch):
     """From image files to features on the disk."""
-
-    def run(count):
-        with hide_output(), TemporaryDirectory(dir=setting.folder) as empty:
-            paths = some_paths(setting, count)
-            extract_features(encoder(setting), paths, eval_transform(224), empty)
-        return count
-
-    # Preparing the CNN takes half a second, which is negligible for thousands of images.
-    return Work(run, 2 * setting.batch_size, 4096)
+    torch.manual_seed(0)
+    cnn = EncoderCNN(weights=None).to(pick_device("auto")).cnn
+    paths = sorted((data / "images").iterdir())
+    while True:
+        with TemporaryDirectory(dir=scratch) as empty:
+            extract_features(cnn, paths, eval_transform(224), empty)
+        yield len(paths)
 
 
-def feature_extraction_int8(setting):
-    int8 = replace(setting, backbone=int8_name(setting.backbone), weights=None)
-    return feature_extraction(int8)
+# ---------------------------------------------------------------------------- with a run
 
 
-def int8_name(backbone):
-    """torchvision's name of the int8 version of a network, or None if there is none."""
-    name = f"quantized_{backbone}"
-    return name if name in list_models(module=quantization) else None
+def random_config(data, scratch, inject):
+    """The default options, and random features of the images."""
+    config = TrainConfig(
+        train_images=str(data / "images"),
+        train_captions=str(data / "train.json"),
+        val_images=str(data / "images"),
+        val_captions=str(data / "val.json"),
+        out=str(scratch / "run"),
+        cache_dir=str(scratch),
+        weights=None,
+        inject=inject,
+    )
+    write_features(config)
+    return config
 
 
-def classic_feature_extraction(setting):
-    loop = classic_loop(setting)
+def write_features(config):
+    """Write random features where `build_run(config)` looks for those that are already computed.
 
-    def run(count):
-        for start in range(0, count, loop.batch_size):
-            indices = range(start, min(start + loop.batch_size, count))
-            loop.encode(loop.load_images([index % len(loop.paths) for index in indices]))
-        return count
-
-    return Work(run, setting.batch_size // 2, 4096)
-
-
-# ---------------------------------------------------------------------------- training
-
-
-def train_last_batches(run, count):
-    """Train on the last `count` batches of an epoch; returns the number of captions in them."""
-    steps, captions = len(run.train_loader), len(run.train_loader.dataset)
-    run.progress.step = max(steps - count, 0)
-    captions = round((1 - run.progress.step / steps) * captions)
-    with hide_output():
-        train_one_epoch(run, after_update=lambda norm: None)
-    return captions
+    All files but the last are links to the first, because the features of COCO would take 25 GB.
+    """
+    torch.manual_seed(config.seed)  # the random weights of the run's CNN, which name the files
+    data = CocoCaptions(config.train_images, config.train_captions)
+    model = build_model(config, data).to(pick_device(config.device))
+    cnn, rng = model.encoder.cnn, np.random.default_rng(0)
+    with torch.no_grad():
+        shape = cnn.views(torch.zeros(1, 3, 224, 224, device=model.device)).shape[1:]
+    features = rng.standard_normal((SHARD_SIZE, *shape), dtype=np.float32).astype("f2")
+    for split in (data, CocoCaptions(config.val_images, config.val_captions)):
+        name = fingerprint(cnn, split.paths, model.transform, config.precision)
+        folder = Path(config.cache_dir) / f"features-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(split), SHARD_SIZE):
+            if 0 < start <= len(split) - SHARD_SIZE:
+                shard_file(folder, start).hardlink_to(shard_file(folder, 0))
+            else:
+                write_shard(folder, start, features[: len(split) - start], {})
 
 
-def training(precision, setting):
-    run = training_run(setting, precision)
-    return Work(partial(train_last_batches, run), 2, len(run.train_loader))
+def start(data, scratch):
+    """From the command to the first batch, if features and words are there; items: captions."""
+    config = random_config(data, scratch, "par")
+    while True:
+        run = build_run(config)
+        run.lock.release()
+        yield len(run.train_loader.dataset)
 
 
-def attend_training(setting):
-    return training("auto", replace(setting, inject="attend"))
+def last_batches(run):
+    """The number of the batch that begins the last `BATCHES` ones of an epoch, and that of their
+    captions.
+    """
+    batches, captions = len(run.train_loader), len(run.train_loader.dataset)
+    first = max(batches - BATCHES, 0)
+    return first, round(captions * (batches - first) / batches)
 
 
-def reward_share(setting, steps=3):
-    """The part of the time of a self-critical step that its reward takes."""
-    run = training_run(replace(setting, inject="attend"))
-    data, seconds = run.train_loader.dataset, []
-    reward = CiderD(data.ids, data.lengths, data.image_rows, len(run.model.vocab))
-
-    def timed_reward(*arrays):
-        start = time.perf_counter()
-        result = reward(*arrays)
-        seconds.append(time.perf_counter() - start)
-        return result
-
-    loss = SelfCritical(run.model.eval(), timed_reward, precomputed=True)
-    start = time.perf_counter()
-    for batch in islice(run.train_loader, steps):
-        loss(*batch)[0].backward()
-    return sum(seconds) / (time.perf_counter() - start)
+def training(inject, data, scratch):
+    run = build_run(random_config(data, scratch, inject))
+    first, captions = last_batches(run)
+    while True:
+        run.progress.step = first
+        train_one_epoch(run, run.loss, lambda norm: None)
+        if run.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        yield captions
 
 
-def classic_training(setting, cached=False):
-    """cached: from features in memory, without opening and encoding images."""
-    loop = copy(classic_loop(setting))
-    if cached:
-        features = torch.randn(loop.batch_size, loop.embed.in_features, device=loop.device)
-        loop.load_images, loop.encode = lambda indices: None, lambda images: features
-
-    def run(count):
-        for _ in range(count):
-            loop.step()
-        return count * loop.batch_size
-
-    return Work(run, 1, 1000)
+def loader(inject, data, scratch):
+    """The batches of training, without training."""
+    run = build_run(random_config(data, scratch, inject))
+    first, captions = last_batches(run)
+    while True:
+        run.train_loader.batch_sampler.set_epoch(0, first)
+        for _ in run.train_loader:
+            pass
+        yield captions
 
 
-# ---------------------------------------------------------------------------- decoding
+def validation(inject, data, scratch):
+    run = build_run(random_config(data, scratch, inject))
+    while True:
+        evaluate_loss(run.model, run.val_loader)
+        yield len(run.val_loader.dataset)
 
 
-def decoding(beam_size, setting, count=None):
-    """Captions of `count` images, by default `setting.decoded`, given their features."""
-    images, features = data(setting), training_run(setting).train_loader.dataset.features
-    count = min(count or setting.decoded, len(images))
-
-    def run(count):
-        few = images.without(range(count, len(images)))
-        loader = image_loader(few, features=features, batch_size=setting.batch_size)
-        return len(caption_images(captioner(setting), loader, beam_size))
-
-    return Work(run, count, count)
+def captioning(inject, data, scratch):
+    """Beam search from features."""
+    run = build_run(random_config(data, scratch, inject))
+    end_at_length(run.model.decoder, END)
+    while True:
+        caption_split(run.model, run.val_images, beam_size=3)
+        yield len(run.val_images)
 
 
-def classic_decoding(beam_size, setting):
-    model, features = captioner(setting), training_run(setting).train_loader.dataset.features
-    decoder = classic.Decoder(**SIZES, vocab_size=len(model.vocab)).to(setting.device).eval()
-    decoder.load_state_dict(model.decoder.state_dict())
-    search = classic.greedy if beam_size == 1 else partial(classic.beam, beam_size=beam_size)
+STAGES = {"images": images, "extraction": extraction, "start": start}
+for stage in (training, loader, validation, captioning):
+    STAGES[stage.__name__] = partial(stage, "par")
+    STAGES[f"{stage.__name__}-attend"] = partial(stage, "attend")
 
-    @torch.no_grad()
-    def run(count):
-        for (row,) in features[:count].astype(np.float32):  # (1, feature_size)
-            feature = model.encoder.project(torch.from_numpy(row)[None].to(setting.device))
-            model.vocab.decode(search(decoder, feature))
-        return count
-
-    return Work(run, 4, min(setting.decoded, len(data(setting))))
-
-
-# ---------------------------------------------------------------------------- all stages
-
-
-class Stage(NamedTuple):
-    ours: Callable[[Setting], Work]
-    classic: Callable[[Setting], Work]  # in float32
-    items: str
-    precision: str | None = None  # of this project's side, where a network computes
-
-
-STAGES = {
-    "vocabulary, first start": Stage(partial(vocabulary, False), classic_vocabulary, "captions"),
-    "vocabulary, later starts": Stage(partial(vocabulary, True), classic_vocabulary, "captions"),
-    "image pipeline": Stage(
-        partial(load_images, eval_transform), partial(load_images, classic.transform), "images"
-    ),
-    "encoder forward": Stage(encoder_forward, classic_encoder_forward, "images", "auto"),
-    "feature extraction": Stage(feature_extraction, classic_feature_extraction, "images", "auto"),
-    "feature extraction, int8": Stage(
-        feature_extraction_int8, classic_feature_extraction, "images", "int8"
-    ),
-    "training step": Stage(partial(training, "auto"), classic_training, "captions", "auto"),
-    "training step, float32": Stage(
-        partial(training, "float32"), classic_training, "captions", "float32"
-    ),
-    "training step, cached": Stage(
-        partial(training, "auto"), partial(classic_training, cached=True), "captions", "auto"
-    ),
-    "training step, attend": Stage(attend_training, classic_training, "captions", "auto"),
-    "greedy decoding": Stage(partial(decoding, 1), partial(classic_decoding, 1), "images", "auto"),
-    "beam 3 decoding": Stage(partial(decoding, 3), partial(classic_decoding, 3), "images", "auto"),
-}
+if __name__ == "__main__":
+    serve(STAGES)

@@ -20,8 +20,8 @@ import torch
 # The modules are one folder up, which is not on the path of `python scripts/...`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from captioning.base.files import atomic_write
 from captioning.base.checkpoints import load_safely
+from captioning.base.files import atomic_write
 
 
 def convert(state: dict, variant: int) -> dict:

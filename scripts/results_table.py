@@ -19,6 +19,7 @@ captions or the weights have changed. Captions are generated with a beam of 5.
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import statistics
@@ -31,47 +32,31 @@ import evaluate
 import train
 from captioning.base.files import write_text
 
+SPLITS = ("train_images", "train_captions", "val_images", "val_captions")
 BEAM_SIZE = 5
-REGULARIZED = [
-    "--num-heads",
-    "8",
-    "--dropout",
-    "0.5",
-    "--feature-dropout",
-    "0.5",
-    "--label-smoothing",
-    "0.1",
-    "--epochs",
-    "12",
-    "--best-by",
-    "cider",
-]
-CROPS = ["--crops", "3", "--epochs", "16"]
-# Small steps from a converged model. Of an option given twice, the last one counts.
-SMALL_STEPS = [
-    "--learning-rate",
-    "2e-4",
-    "--epochs",
-    "3",
-    "--batch-size",
-    "64",
-    "--grad-accum-steps",
-    "2",
-    "--min-word-freq",
-    "5",
-]
-FINE_TUNED = [*SMALL_STEPS, "--fine-tune", "last"]
-SELF_CRITICAL = ["--num-heads", "8", "--loss", "self-critical", "--epochs", "8"]
+REGULARIZED = (
+    "--inject attend --num-heads 8 --dropout 0.5 --feature-dropout 0.5 --label-smoothing 0.1 "
+    "--epochs 12 --best-by cider"
+)
+# Of an option given twice, the last one counts.
+SMALL_STEPS = (
+    f"{REGULARIZED} --learning-rate 2e-4 --epochs 3 --batch-size 64 --grad-accum-steps 2 "
+    "--min-word-freq 5"
+)
+SELF_CRITICAL = "--inject attend --num-heads 8 --loss self-critical --epochs 8"
 # Row: options of train.py, and the row whose model it starts from.
 ROWS = {
-    "init": (["--inject", "init"], None),
-    "pre": (["--inject", "pre"], None),
-    "par": (["--inject", "par"], None),
-    "attend": (["--inject", "attend", *REGULARIZED], None),
-    "attend-crops": (["--inject", "attend", *REGULARIZED, *CROPS], None),
-    "continued": (["--inject", "attend", *REGULARIZED, *SMALL_STEPS], "attend"),
-    "fine-tuned": (["--inject", "attend", *REGULARIZED, *FINE_TUNED], "attend"),
-    "self-critical": (["--inject", "attend", *SELF_CRITICAL], "fine-tuned"),
+    "init": ("--inject init", None),
+    "pre": ("--inject pre", None),
+    "par": ("--inject par", None),
+    "attend": (REGULARIZED, None),
+    "attend-crops": (f"{REGULARIZED} --crops 3 --epochs 16", None),
+    "continued": (SMALL_STEPS, "attend"),
+    "fine-tuned": (f"{SMALL_STEPS} --fine-tune last", "attend"),
+    "self-critical": (
+        "--inject attend --num-heads 8 --loss self-critical --epochs 8",
+        "fine-tuned",
+    ),
     "ensemble": (None, "self-critical"),
 }
 COLUMNS = {
@@ -90,35 +75,29 @@ def run_folder(args, encoder, row, seed) -> Path:
 def train_command(args, encoder, row, seed) -> list[str]:
     """The arguments of train.py for a row."""
     options, base = ROWS[row]
-    names = ("train_images", "train_captions", "val_images", "val_captions")
-    command = [w for name in names for w in (f"--{name.replace('_', '-')}", args.data[name])]
-    command += ["--backbone", encoder, "--weights", args.data["encoders"][encoder], "--flip"]
-    command += [*options, "--seed", str(seed), "--cache-dir", args.cache_dir, "--resume"]
+    flags = {f"--{name.replace('_', '-')}": args.data[name] for name in SPLITS}
+    flags |= {"--backbone": encoder, "--weights": args.data["encoders"][encoder]}
+    flags |= {"--seed": seed, "--cache-dir": args.cache_dir}
     if base:
-        command += ["--init-from", str(run_folder(args, encoder, base, seed) / "best.pt")]
-    return [*command, "--out", str(run_folder(args, encoder, row, seed))]
+        flags["--init-from"] = run_folder(args, encoder, base, seed) / "best.pt"
+    flags["--out"] = run_folder(args, encoder, row, seed)
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [*words, "--flip", "--resume", *options.split()]
 
 
-def evaluate_command(args, checkpoints) -> list[str]:
-    """The arguments of evaluate.py for one checkpoint, or for the ensemble of several."""
-    ensemble = ["--ensemble", *map(str, checkpoints[1:])] if checkpoints[1:] else []
-    return [
-        str(checkpoints[0]),
-        args.data["val_images"],
-        "--captions",
-        args.data["val_captions"],
-        "--cache-dir",
-        args.cache_dir,
-        "--beam-size",
-        str(BEAM_SIZE),
-        *ensemble,
-    ]
+def metrics_of(args, checkpoints) -> dict:
+    """What evaluate.py computes for one checkpoint, or for the ensemble of several."""
+    command = [checkpoints[0], args.data["val_images"], "--captions", args.data["val_captions"]]
+    command += ["--cache-dir", args.cache_dir, "--beam-size", BEAM_SIZE]
+    if checkpoints[1:]:
+        command += ["--ensemble", *checkpoints[1:]]
+    return evaluate.run(evaluate.parse_args([str(word) for word in command]))
 
 
 def all_options(row) -> list[str]:
     """The options of a row, after those of the rows that it starts from."""
     options, base = ROWS[row]
-    return [*(all_options(base) if base else []), *options]
+    return [*(all_options(base) if base else []), options]
 
 
 def digest(path) -> str:
@@ -149,7 +128,7 @@ def result(args, encoder, row, seed) -> dict:
     write_text(file, json.dumps(key))
     if train.main(train_command(args, encoder, row, seed)):
         raise SystemExit(f"{row} with seed {seed} is not complete; see the message above")
-    metrics = evaluate.run(evaluate.parse_args(evaluate_command(args, [folder / "best.pt"])))
+    metrics = metrics_of(args, [folder / "best.pt"])
     history = [json.loads(line) for line in (folder / "history.jsonl").open()]
     metrics["minutes"] = sum(line.get("seconds", 0) for line in history) / 60
     write_text(file, json.dumps(key | {"metrics": metrics}))
@@ -161,8 +140,7 @@ def ensemble_result(args, encoder) -> dict:
     base = ROWS["ensemble"][1]
     results = [result(args, encoder, base, seed) for seed in args.seeds]
     checkpoints = [run_folder(args, encoder, base, seed) / "best.pt" for seed in args.seeds]
-    metrics = evaluate.run(evaluate.parse_args(evaluate_command(args, checkpoints)))
-    return metrics | {"minutes": sum(result["minutes"] for result in results)}
+    return metrics_of(args, checkpoints) | {"minutes": sum(result["minutes"] for result in results)}
 
 
 def format_cells(results, columns=COLUMNS) -> str:
@@ -183,25 +161,21 @@ def main():
     parser.add_argument("--out", default="runs/table", help="folder of the runs")
     parser.add_argument("--cache-dir", default="runs/cache", help="folder for features")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--encoders", nargs="+", help="of those in --data; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     args = parser.parse_args()
     args.data = json.loads(Path(args.data).read_text())
-    lines = [
-        f"| encoder | model | seeds | {' | '.join(COLUMNS)} |",
-        "|---" * (3 + len(COLUMNS)) + "|",
-    ]
-    for encoder in args.encoders or args.data["encoders"]:
-        for row in args.rows:
-            if args.dry_run:
-                for seed in args.seeds if row != "ensemble" else []:
-                    print("python train.py", *train_command(args, encoder, row, seed))
-                continue
-            if row == "ensemble":
-                results = [ensemble_result(args, encoder)]
-            else:
-                results = [result(args, encoder, row, seed) for seed in args.seeds]
+    lines = [f"| encoder | model | seeds | {' | '.join(COLUMNS)} |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
+    for encoder, row in itertools.product(args.data["encoders"], args.rows):
+        if args.dry_run:
+            for seed in args.seeds if row != "ensemble" else []:
+                print("python train.py", *train_command(args, encoder, row, seed))
+        elif row == "ensemble":
+            results = [ensemble_result(args, encoder)]
+        else:
+            results = [result(args, encoder, row, seed) for seed in args.seeds]
+        if not args.dry_run:
             lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {format_cells(results)} |")
     if not args.dry_run:
         print("\n".join(lines))

@@ -18,17 +18,18 @@ from results_table import format_cells
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from captioning.base.modules import eval_mode, select
 from captioning.data.coco import CocoCaptions
-from captioning.data.features import extract_features
-from captioning.data.splits import find_splits
+from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
-from captioning.learning.run import build_run
-from captioning.networks.layers import eval_mode
-from captioning.scenes.synthetic import attention_on_things, generate_scenes, is_wrong
-from data_loader import image_loader
-from evaluate import caption_dataset, score
+from captioning.scenes.attention import attention_on_things
+from captioning.scenes.dataset import generate_scenes
+from captioning.scenes.mistakes import is_wrong
+from captioning.scoring.evaluation import caption_split, score
+from data_loader import CaptionDataset, ImageDataset, get_loader
+from evaluate import features_of
 from model import CaptionModel
-from train import fit
+from train import build_run, fit
 
 # The CNN of the scenes was trained with images of 96 pixels, whose last map has only 3 x 3
 # positions. With larger images the map is finer, but the features are worse.
@@ -44,55 +45,47 @@ COLUMNS = {
 }
 
 
+@torch.no_grad()
 def attention_shares(model, data, features) -> np.ndarray:
-    """The means over the nouns of the part of the attention, and of the image, in the box of the
-    named object: shape (2,).
+    """(2,) the mean parts of the attention, and of the image, inside the box of a named object.
+
+    Over the nouns of the first caption of each scene in `data`.
     """
     scenes = {number: scene for split, number, scene, _ in generate_scenes() if split == "test"}
-    found = []
-    for images, rows in image_loader(data, features=features, batch_size=50):
-        captions = [data.captions[row][0] for row in rows]
-        ids = [torch.tensor(model.vocab.encode(caption)) for caption in captions]
-        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (B, T)
-        with torch.no_grad(), eval_mode(model), model.autocast():
-            memory = model.encode(images, precomputed=True)
-            _, _, attention = model.decoder.hidden(tokens[:, :-1], None, memory)  # (B, T-1, P)
+    scenes, found = iter([scenes[number] for number in data.image_ids]), []
+    captions = CaptionDataset(data, model.vocab, features=features)
+    first = np.flatnonzero(np.diff(captions.image_rows, prepend=-1))
+    for batch in get_loader(torch.utils.data.Subset(captions, first), "val", 50):
+        with eval_mode(model), model.autocast():
+            memory = model.decoder.memory(model.encode(features=batch.features))
+            memory = select(memory, batch.image_index)
+            _, _, attention = model.decoder.hidden(batch.captions[:, :-1], None, memory)
         side = round(attention.size(2) ** 0.5)
-        maps = attention.float().numpy().reshape(*attention.shape[:2], side, side)
-        for row, caption, of_words in zip(rows.tolist(), ids, maps, strict=True):
-            text = " ".join(model.vocab.words[index] for index in caption[1:].tolist())
-            found += attention_on_things(text, of_words, scenes[data.image_ids[row]])
+        maps = attention.float().unflatten(2, (side, side)).numpy()  # (B, T-1, side, side)
+        for ids, of_words in zip(batch.captions.tolist(), maps, strict=True):
+            found += attention_on_things(model.vocab.decode(ids), of_words, next(scenes))
     return np.array(found).mean(0)
 
 
 def result(args, row, seed) -> dict:
     """The values of COLUMNS for a run, which is trained."""
-    splits = find_splits("synthetic", args.data)
-    config = config_for(
-        "synthetic",
-        splits,
-        f"{args.out}/{row}-{seed}",
-        **ROWS[row],
-        seed=seed,
-        cache_dir=args.cache_dir,
-        overwrite=True,
-    )
-    run, test = build_run(config), CocoCaptions(*splits["test"])
-    extracted = extract_features(run.model.encoder, test.paths, run.model.transform, args.cache_dir)
+    splits, out = prepare_splits("synthetic", args.data), f"{args.out}/{row}-{seed}"
+    options = {**ROWS[row], "seed": seed, "cache_dir": args.cache_dir, "overwrite": True}
+    run = build_run(config_for("synthetic", splits, out, **options))
+    test = CocoCaptions(*splits["test"])
+    features = features_of(run.model, test, args.cache_dir)
+    values = {}
     if row == "attend":
-        untrained, uniform = attention_shares(run.model, test, extracted.features)
+        values["untrained"], values["uniform"] = attention_shares(run.model, test, features)
     history = fit(run)
-    model = CaptionModel.from_checkpoint(f"{config.out}/best.pt")
-    captions = caption_dataset(model, test, features=extracted.features)
-    right = [not is_wrong(c, true[0]) for c, true in zip(captions, test.captions, strict=True)]
-    values = {
-        "exactly right": np.mean(right),
-        **score(captions, test, model.vocab),
-        "val perplexity": min(line["val_perplexity"] for line in history),
-    }
+    model = CaptionModel.from_checkpoint(f"{out}/best.pt")
     if row == "attend":
-        trained, _ = attention_shares(model, test, extracted.features)
-        values |= {"attention": trained, "untrained": untrained, "uniform": uniform}
+        values["attention"], _ = attention_shares(model, test, features)
+    captions = caption_split(model, ImageDataset(test, features=features))
+    right = [not is_wrong(c, true[0]) for c, true in zip(captions, test.captions, strict=True)]
+    values |= score(captions, test, model.vocab)
+    values["exactly right"] = np.mean(right)
+    values["val perplexity"] = min(line["val_perplexity"] for line in history)
     return {name: float(values[name]) for name in COLUMNS if name in values}
 
 

@@ -7,9 +7,9 @@ import torch
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """Put `module` in evaluation mode without gradients; afterwards restore its mode.
+    """Put `module` in evaluation mode without gradients; afterwards restore the mode of its parts.
 
-    The mode of each of its parts, because they may differ: those of the models of an ensemble.
+    Part by part, because a frozen part may be in evaluation mode while the rest is trained.
     """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

@@ -48,14 +48,12 @@ def test_search():
 def test_teacher_forcing():
     """The log-probabilities of given captions are the mean of those of the members."""
     decoders, features = members(0)
-    captions, index = (
-        torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 8, 4, 2]]),
-        torch.tensor([3, 0, 3]),
-    )
-    found = EnsembleDecoder(decoders).predict(features, captions, index, torch.tensor([0, 4, 8]))
+    captions = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 8, 4, 2]])
+    index, targets = torch.tensor([3, 0, 3]), torch.tensor([0, 4, 8])
+    found = EnsembleDecoder(decoders).predict(features, captions, index, targets)
     both = zip(decoders, features, strict=True)
     logits = [decoder(x[index], captions).log_softmax(-1) for decoder, x in both]
-    expected = (logits[0] + logits[1]).flatten(0, 1)[[0, 4, 8]] / 2
+    expected = (logits[0] + logits[1]).flatten(0, 1)[targets] / 2
     torch.testing.assert_close(found, expected)
 
 

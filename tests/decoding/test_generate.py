@@ -99,13 +99,14 @@ def test_attention_follows_the_beam(strategy):
         {"beam_size": 3, "n_best": 4},
         {"length_penalty": -0.5},
         {"length_penalty": float("nan")},
+        {"length_penalty": float("inf")},
     ],
     ids=str,
 )
 def test_invalid_options(options):
     """Options out of range, or that contradict each other, raise ValueError."""
     decoder, features = random_decoder(27)
-    with pytest.raises(ValueError, match="at least|cannot be combined|between"):
+    with pytest.raises(ValueError, match="at least|less than|cannot be combined|between"):
         decoder.sample(features, **options)
 
 
