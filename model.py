@@ -12,7 +12,7 @@ The model is that of Show and Tell (Vinyals et al., 2015, arXiv:1411.4555). Tant
 arXiv:1703.09137) compare the ways in which the image can enter the LSTM.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -42,8 +42,7 @@ class EncoderCNN(nn.Module):
 
     pooled: one embedding per image; otherwise the features of every position, for an
         `AttentionDecoder`, whose own linear layers project them.
-    feature_dropout, image_norm, no_image: as in `ModelConfig`. The other arguments, and the errors
-    that they raise, are those of `CNN`.
+    feature_dropout, image_norm, no_image: as in `ModelConfig`. Other options, errors: as in `CNN`.
     """
 
     def __init__(
@@ -53,15 +52,13 @@ class EncoderCNN(nn.Module):
         weights="DEFAULT",
         *,
         pooled=True,
-        image_size=None,
-        flip=False,
-        fine_tune="none",
         feature_dropout=0.0,
         image_norm=False,
         no_image=False,
+        **options,
     ):
         super().__init__()
-        self.cnn = CNN(backbone, weights, pooled, image_size, flip, fine_tune)
+        self.cnn = CNN(backbone, weights, pooled, **options)
         self.pooled, self.no_image = pooled, no_image
         self.dropout = nn.Dropout(feature_dropout)
         self.linear = nn.Linear(self.cnn.feature_size, embed_size) if pooled else nn.Identity()
@@ -101,13 +98,9 @@ class DecoderRNN(Decoder):
             raise ValueError(f"unknown inject {inject!r}; choose from {', '.join(INJECT)}")
         self.inject = inject
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
-        self.lstm = nn.LSTM(
-            2 * embed_size if inject == "par" else embed_size,
-            hidden_size,
-            num_layers,
-            batch_first=True,
-            dropout=dropout if num_layers > 1 else 0.0,
-        )
+        input_size = 2 * embed_size if inject == "par" else embed_size
+        between = dropout if num_layers > 1 else 0.0  # the layers
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         open_forget_gates(self.lstm)
@@ -119,10 +112,7 @@ class DecoderRNN(Decoder):
         return self.predict(features, captions)
 
     def predict(self, features, captions, image_index=None, targets=None):
-        """`forward` with the image of each caption and the predictions to compute as indices.
-
-        See `Decoder.predict`.
-        """
+        """`forward` for images with several captions, and for some targets: see `Decoder`."""
         features = select(features, image_index)  # (B, embed_size)
         inputs = self.embed(captions[:, :-1], features)  # (B, T-1, input_size)
         hidden, _ = self.lstm(inputs, self.init_state(features))  # (B, T-1, hidden_size)
@@ -158,23 +148,24 @@ class DecoderRNN(Decoder):
 
 
 class CaptionModel(Captioner, nn.Module):
-    """Encoder, decoder and vocabulary: everything that is needed to caption an image.
+    """Encoder, decoder and `Vocabulary`: everything that is needed to caption an image.
 
+    weights: of the CNN, as in `EncoderCNN`.
+    backbone: an nn.Module to use as the CNN; config.backbone becomes the name of its class.
     card: the model card, a dict that says what the model was trained on.
     """
 
     def __init__(self, vocab, config: ModelConfig | None = None, weights="DEFAULT", backbone=None):
-        """vocab: a `Vocabulary`. weights: of the CNN, as in `EncoderCNN`. backbone: a network of
-        one's own (nn.Module) in place of the one that `config.backbone` names.
-        """
         super().__init__()
-        self.vocab, self.config = vocab, config or ModelConfig()
+        c = config or ModelConfig()
+        if backbone is not None:
+            c = replace(c, backbone=type(backbone).__name__)
+        self.vocab, self.config = vocab, c
         self.card = {"summary": "nothing is recorded about the training data"}
-        c = self.config
-        self.transform = eval_transform(**input_settings(backbone or c.backbone, c.image_size))
+        self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
             c.embed_size,
-            backbone or c.backbone,
+            c.backbone if backbone is None else backbone,
             weights,
             pooled=c.inject != "attend",
             image_size=c.image_size,
@@ -204,12 +195,10 @@ class CaptionModel(Captioner, nn.Module):
         return self.decoder(self.encoder(images), captions)
 
     def encode(self, images=None, features=None):
-        """Images (B, 3, H, W), or features (B, P, C) that `encoder.cnn` has computed of them ->
-        what the decoder takes.
-        """
-        if features is None:
-            return self.encoder(images.to(self.decoder.linear.weight))  # device, and dtype
-        return self.encoder.project(features.to(self.decoder.linear.weight))
+        """Images (B, 3, H, W), or features (B, P, C) of `encoder.cnn` -> what the decoder takes."""
+        weight = self.decoder.linear.weight  # images and features get its device and dtype
+        features = self.encoder.cnn(images.to(weight)) if features is None else features.to(weight)
+        return self.encoder.project(features)
 
     def generate(self, images=None, features=None, **options) -> Decoded:
         """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""
@@ -235,7 +224,8 @@ class CaptionModel(Captioner, nn.Module):
     def from_checkpoint(cls, path, device="cpu", precision=None, backbone=None):
         """Load a trained model in eval mode. The file is self-contained, and no code in it is run.
 
-        precision: override that of the checkpoint. backbone: see the constructor.
+        precision: override that of the checkpoint. backbone: if the model had an nn.Module as
+        backbone, another instance of it, whose weights are replaced.
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint.
         """
@@ -251,8 +241,5 @@ class CaptionModel(Captioner, nn.Module):
 
     @classmethod
     def pretrained(cls, device="cpu", precision=None):
-        """The model in pretrained/photo_captioner.pt, which was trained on photographs.
-
-        Raises FileNotFoundError if there is no such file, else as `from_checkpoint`.
-        """
+        """The model in pretrained/photo_captioner.pt, which was trained on photographs."""
         return cls.from_checkpoint(PRETRAINED, device, precision)

@@ -19,6 +19,8 @@ from PIL import Image
 
 from captioning.base.device import resolve_precision
 from captioning.learning.options import TrainConfig
+from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
 settings.register_profile("patient", deadline=None)  # tests may be slow on a busy machine
 settings.load_profile("patient")
@@ -86,6 +88,22 @@ def calibrated_weights() -> str:
     network = calibrate(torchvision.models.mobilenet_v3_small(weights=None))
     torch.save(network.state_dict(), f"{SCRATCH.name}/weights.pt")
     return f"{SCRATCH.name}/weights.pt"
+
+
+WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
+
+
+def tiny_model(words=WORDS, **changes) -> CaptionModel:
+    """A model with that CNN and a random decoder, in float32."""
+    settings = {
+        "backbone": "mobilenet_v3_small",
+        "image_size": 64,
+        "embed_size": 16,
+        "hidden_size": 16,
+        "precision": "float32",
+    }
+    config = ModelConfig(**settings | changes)
+    return CaptionModel(Vocabulary(words, 2), config, calibrated_weights())
 
 
 def write_dataset(folder: Path) -> Path:

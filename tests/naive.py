@@ -1,8 +1,7 @@
 """A second, independent implementation of the decoder and of the beam search, in numpy.
 
-One image and one token at a time, in float64, without batches and without early stopping. Tests
-compare `DecoderRNN` and the search with it. It uses the weights of the decoder, but none of its
-code.
+One image and one token at a time, in float64, without batches and without early stopping. It uses
+the weights of the decoder, but none of its code.
 """
 
 import functools
@@ -74,7 +73,7 @@ class NaiveDecoder:
         """The logits of each token of caption[1:], given the image and the tokens before it."""
         state, rows = self.init_state(image), []
         for token in caption[:-1]:
-            logits, state = self.step(token, state, image)
+            logits, state, *_ = self.step(token, state, image)
             rows.append(logits)
         return np.stack(rows)
 
@@ -114,9 +113,9 @@ class NaiveAttentionDecoder(NaiveDecoder):
         return [(np.zeros(size), np.zeros(size)) for size in sizes]
 
     def step(self, token, state, image):
-        """The logits of the next token, the new state, and the attention (P,)."""
+        """The logits of the next token, the new state, and the attention (P,), for (P, C)."""
         keys, values = (
-            np.array([self.linear(name, position) for position in np.float64(image)])
+            np.stack([self.linear(name, np.float64(x)) for x in image])
             for name in ("keys", "values")
         )
         first, second = state
@@ -135,13 +134,6 @@ class NaiveAttentionDecoder(NaiveDecoder):
         second = self.lstm("language_lstm", inputs, second)
         hidden = self.linear("projection", second[0] + self.linear("shortcut", inputs))
         return embeddings @ hidden + self.weights["linear.bias"], [first, second], attention
-
-    def teacher_forcing(self, image, caption):
-        state, rows = self.init_state(image), []
-        for token in caption[:-1]:
-            logits, state, _ = self.step(token, state, image)
-            rows.append(logits)
-        return np.stack(rows)
 
 
 class Hypothesis(NamedTuple):

@@ -1,6 +1,6 @@
 """The decoder under teacher forcing, checkpoints, and captions of images.
 
-The CNN is tested in test_backbones.py, decoding in test_decoding.py.
+The CNN is tested in test_backbones.py, decoding in tests/decoding.
 """
 
 import functools
@@ -9,36 +9,24 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from conftest import MakeFolder, calibrated_weights, supported
+from conftest import WORDS, MakeFolder, supported, tiny_model
 from naive import NaiveAttentionDecoder, NaiveDecoder
 from PIL import Image
+from torch import nn
 
 from captioning.base.checkpoints import export, load_safely, save
 from captioning.data.images import BadImageError
 from captioning.learning.losses import TeacherForcing
+from captioning.networks.cnn import CNN
 from captioning.networks.config import INJECT
 from captioning.networks.layers import BatchNorm
 from data_loader import Batch
 from model import CaptionModel, DecoderRNN, EncoderCNN, ModelConfig
 from vocabulary import Vocabulary
 
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
 # <start> w1 .. wn <end> <pad> .., of different lengths
 CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
 LEARNED = ["a cat sits", "a dog runs a cat", "dog", "a cat runs runs", "a dog sits", "sits cat"]
-
-
-def tiny_model(**changes):
-    settings = {
-        "backbone": "mobilenet_v3_small",
-        "image_size": 64,
-        "embed_size": 16,
-        "hidden_size": 32,
-        "dropout": 0.0,
-        "precision": "float32",
-    }
-    settings |= changes
-    return CaptionModel(Vocabulary(WORDS, 5), ModelConfig(**settings), calibrated_weights())
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +34,29 @@ def photos(shared_dataset):
     return sorted((shared_dataset / "images").iterdir())[: len(LEARNED)]
 
 
-@functools.cache
-def overfitted(photos, **changes):
-    """A model that has learned one caption per photo, in eval mode, and its loss per word."""
-    torch.manual_seed(0)
-    model = tiny_model(**changes)
-    captions = [torch.tensor(model.vocab.encode(caption)) for caption in LEARNED]
-    captions = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
-    with torch.no_grad():
-        images = torch.stack([model.transform(photo) for photo in photos])
-        features = model.encoder.cnn(images)
+def train(model, batch, steps, learning_rate=0.02):
+    """The loss per word in the last of some optimizer steps with one batch."""
     loss = TeacherForcing(model)
-    batch = Batch(None, captions, None, torch.arange(len(captions)), features)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(100):
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], learning_rate)
+    for _ in range(steps):
         sums = loss(batch)
         (sums["loss"] / sums["targets"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), (sums["loss"] / sums["targets"]).item()
+    return sums["loss"].item() / sums["targets"].item()
+
+
+@functools.cache
+def overfitted(photos, **changes):
+    """A model that has learned one caption per photo, in eval mode, and its loss per word."""
+    torch.manual_seed(0)
+    model = tiny_model(hidden_size=32, dropout=0.0, **changes)
+    captions = [torch.tensor(model.vocab.encode(caption)) for caption in LEARNED]
+    captions = nn.utils.rnn.pad_sequence(captions, batch_first=True)
+    with torch.no_grad():
+        features = model.encoder.cnn(model.preprocess(photos))
+    loss = train(model, Batch(None, captions, None, torch.arange(len(photos)), features), 100)
+    return model.eval(), loss
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -84,38 +76,30 @@ def model(photos, precision):
 
 # ---------------------------------------------------------------------------- decoder
 
-architectures = pytest.mark.parametrize(
-    "inject, num_layers", [(inject, layers) for inject in INJECT for layers in (1, 2)]
-)
 
-
-@architectures
-def test_decoder_shapes(inject, num_layers):
-    """Logits are (B, T-1, vocab_size), and the initial state is two of (num_layers, B, size)."""
-    decoder = DecoderRNN(5, 6, vocab_size=9, num_layers=num_layers, inject=inject)
-    assert decoder(torch.rand(3, 5), CAPTIONS).shape == (3, 5, 9)
-    assert [s.shape for s in decoder.init_state(torch.rand(3, 5))] == [(num_layers, 3, 6)] * 2
-
-
-@architectures
+@pytest.mark.parametrize("inject", INJECT)
+@pytest.mark.parametrize("num_layers", [1, 2])
 def test_teacher_forcing(inject, num_layers):
     """The logits at position t predict token t+1, given the image and the tokens up to t alone.
 
-    The oracle reads one token at a time.
+    The oracle reads one token at a time. The initial state is two of (num_layers, B, size).
     """
     torch.manual_seed(1)
-    decoder = DecoderRNN(5, 6, vocab_size=9, num_layers=num_layers, inject=inject, dropout=0.5)
+    decoder = DecoderRNN(5, 6, 9, num_layers, dropout=0.5, inject=inject).eval()
     features = torch.randn(3, 5)
-    logits = decoder.eval()(features, CAPTIONS).detach().numpy()
+    assert [s.shape for s in decoder.init_state(features)] == [(num_layers, 3, 6)] * 2
+    logits = decoder(features, CAPTIONS).detach().numpy()
+    assert logits.shape == (3, 5, 9)
     naive = NaiveDecoder(decoder)
     for row, feature, caption in zip(logits, features.numpy(), CAPTIONS.tolist(), strict=True):
         np.testing.assert_allclose(row, naive.teacher_forcing(feature, caption), atol=1e-5)
 
 
-def test_predictions_by_index():
-    """`image_index` selects the image of each caption, and `targets` rows of all the logits."""
+@pytest.mark.parametrize("inject", INJECT)
+def test_targets_and_shared_images(inject):
+    """`targets` selects rows of all logits, in that order; `image_index` repeats images."""
     torch.manual_seed(2)
-    decoder = DecoderRNN(5, 6, vocab_size=9).eval()
+    decoder = DecoderRNN(5, 6, vocab_size=9, inject=inject).eval()
     features, targets = torch.randn(3, 5), torch.tensor([14, 0, 7, 7, 3])
     index = torch.tensor([2, 0, 2])
     logits = decoder(features[index], CAPTIONS).flatten(0, 1)
@@ -136,7 +120,7 @@ def test_image_reaches_every_word(inject):
 
 def test_unknown_inject():
     """An unknown `inject` is an error that names the choices."""
-    with pytest.raises(ValueError, match="'post'.*par, pre, init"):
+    with pytest.raises(ValueError, match="'post'.*par.*pre.*init"):
         DecoderRNN(5, 6, 9, inject="post")
 
 
@@ -169,6 +153,52 @@ def test_batch_norm_of_one_vector():
     assert not torch.allclose(trained, x)
 
 
+# ---------------------------------------------------------------------------- one's own network
+
+
+class OwnNetwork(nn.Sequential):
+    """Images -> (B, 8), or (B, 8, 4, 4)."""
+
+    def __init__(self, pooled):
+        pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if pooled else [nn.AdaptiveAvgPool2d(4)]
+        super().__init__(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), *pool)
+
+
+@pytest.mark.parametrize("fine_tune", ["none", "all"])
+@pytest.mark.parametrize("inject", ["par", "attend"])
+def test_own_network(tmp_path, inject, fine_tune):
+    """A module is used as the backbone, frozen or trained; its weights are in the checkpoint."""
+    torch.manual_seed(0)
+    config = ModelConfig(image_size=64, inject=inject, fine_tune=fine_tune, precision="float32")
+    network = OwnNetwork(pooled=inject == "par")
+    model, before = CaptionModel(Vocabulary(WORDS), config, None, network), deepcopy(network)
+    images = torch.rand(3, 3, 64, 64)
+    train(model, Batch(images, CAPTIONS, None, torch.arange(3)), 1)
+    assert torch.equal(network[0].weight, before[0].weight) == (fine_tune == "none")
+    save(model.eval().checkpoint(), tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="unknown backbone 'OwnNetwork'"):
+        CaptionModel.from_checkpoint(tmp_path / "best.pt")
+    other = OwnNetwork(pooled=inject == "par")
+    loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt", backbone=other)
+    assert torch.equal(loaded(images, CAPTIONS), model(images, CAPTIONS))
+
+
+@pytest.mark.parametrize(
+    "pooled, message", [(True, r"pool it to \(1, C\)"), (False, "no feature map")]
+)
+def test_output_of_own_network(pooled, message):
+    """A module whose output is not what is asked for is an error that names it."""
+    with pytest.raises(ValueError, match=f"^OwnNetwork .*{message}"):
+        EncoderCNN(16, OwnNetwork(not pooled), pooled=pooled)
+
+
+def test_map_of_one_position():
+    """A pooled output (B, C, 1, 1), such as ConvNeXt's, is a vector (B, C)."""
+    network, images = OwnNetwork(pooled=True).eval(), torch.rand(2, 3, 64, 64)
+    map_of_one = CNN(nn.Sequential(*list(network)[:-1]))  # without nn.Flatten
+    assert torch.equal(map_of_one(images), network(images).unsqueeze(1))
+
+
 # ---------------------------------------------------------------------------- checkpoints
 
 
@@ -181,11 +211,11 @@ def checkpoint(tmp_path_factory, model):
 
 def test_checkpoint_round_trip(checkpoint, model, photos):
     """A model from a checkpoint gives the same logits, to the bit, and the same captions."""
-    loaded = CaptionModel.from_checkpoint(checkpoint)
-    images = torch.stack([model.transform(photo) for photo in photos])
-    assert torch.equal(loaded(images[:3], CAPTIONS), model(images[:3], CAPTIONS))
+    loaded, images = CaptionModel.from_checkpoint(checkpoint), model.preprocess(photos[:3])
+    assert torch.equal(loaded(images, CAPTIONS), model(images, CAPTIONS))
     assert loaded.caption(photos) == LEARNED
     assert loaded.config == model.config and not loaded.training
+    assert (loaded.vocab.words, loaded.vocab.threshold) == (WORDS, 2)
 
 
 def test_export(checkpoint, photos, tmp_path):
@@ -195,28 +225,27 @@ def test_export(checkpoint, photos, tmp_path):
     """
     training = torch.load(checkpoint) | {"optimizer": torch.rand(1000), "history": [{"epoch": 1}]}
     save(training, tmp_path / "last.pt")
-    export(tmp_path / "last.pt", tmp_path / "small.pt")
+    export(tmp_path / "last.pt", tmp_path / "small.pt", {"licence": "MIT"})
     ratio = (tmp_path / "small.pt").stat().st_size / checkpoint.stat().st_size
     assert ratio < 0.58
     assert CaptionModel.from_checkpoint(tmp_path / "small.pt").caption(photos) == LEARNED
     content = torch.load(tmp_path / "small.pt")
-    names = {"format", "config", "words", "threshold", "model", "history", "card"}
-    assert content.keys() == names and content["threshold"] == 5
+    assert content.keys() == training.keys() - {"optimizer"}
+    assert content["card"] == training["card"] | {"licence": "MIT"}
     halved = {name for name, t in content["model"].items() if t.dtype == torch.float16}
     assert halved == {name for name, t in training["model"].items() if t.dim() > 1}
 
 
-@pytest.mark.parametrize("length", [0, 1, 100, 0.5, -1])
-def test_truncated_checkpoint(checkpoint, tmp_path, length):
-    """A truncated checkpoint is an error that names the file."""
-    content, path = checkpoint.read_bytes(), tmp_path / "cut.pt"
-    path.write_bytes(content[: int(len(content) * length) if length == 0.5 else length])
+@pytest.mark.parametrize("stop", [1, 100, 10**6, -1])
+def test_truncated_checkpoint(checkpoint, tmp_path, stop):
+    """A checkpoint whose end is missing is an error that names the file."""
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:stop])
     with pytest.raises(ValueError, match="cut.pt"):
-        load_safely(path)
+        load_safely(tmp_path / "cut.pt")
 
 
 @pytest.mark.parametrize(
-    "content", [b"hello", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
+    "content", [b"", b"hi", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
 )
 def test_foreign_file(tmp_path, content):
     """A file that PyTorch did not write is an error that names it."""
@@ -233,40 +262,44 @@ def test_checkpoint_with_code(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {}, {"model": 2}], ids=str)
-def test_neither_loaded_nor_exported(tmp_path, content):
-    """Both loading and exporting refuse a file that is not a checkpoint, by its name."""
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (torch.ones(3), "is not a checkpoint of a captioning model"),
+        ([1, 2], "is not a checkpoint of a captioning model"),
+        ({}, "is not a checkpoint of a captioning model"),
+        ({"config": 1, "model": 2}, "of another version"),
+        ({"config": {"mirror": True, "words": WORDS}, "model": {}}, "of another version"),
+    ],
+    ids=str,
+)
+def test_neither_loaded_nor_exported(tmp_path, content, message):
+    """Loading and exporting refuse a file that is no checkpoint, or one in an older format."""
     torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match=f"other.pt .*{message}"):
         CaptionModel.from_checkpoint(tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match=f"other.pt .*{message}"):
         export(tmp_path / "other.pt", tmp_path / "small.pt")
     assert not (tmp_path / "small.pt").exists()
 
 
-def test_checkpoint_of_another_version(checkpoint, tmp_path):
-    """A checkpoint of another format, or without one, is refused in one sentence."""
-    for format in (1, None):
-        content = torch.load(checkpoint) | {"format": format}
-        torch.save(content, tmp_path / "old.pt")
-        with pytest.raises(ValueError, match=r"^\S+old.pt is a checkpoint of another version.+$"):
-            CaptionModel.from_checkpoint(tmp_path / "old.pt")
-
-
 @pytest.mark.parametrize(
-    "change, error, message",
+    "change, error",
     [
-        ({"config": {"backbone": "resnet51"}}, ValueError, "unknown backbone 'resnet51'"),
-        ({"config": {"colour": "red"}}, TypeError, "colour"),
-        ({"words": ["a", "cat"]}, ValueError, "a vocabulary starts with"),
-        ({"model": {}}, RuntimeError, "Missing key"),
+        ({"format": 1}, "other.pt is a checkpoint of another version"),
+        ({"config": {"backbone": "resnet51"}}, "unknown backbone 'resnet51'"),
+        ({"config": {"colour": "red"}}, "colour"),
+        ({"words": ["a", "cat"]}, "a vocabulary starts with"),
+        ({"model": {}}, "Missing key"),
+        ({"model": {"encoder.linear.weight": torch.zeros(2, 2)}}, "size mismatch"),
     ],
     ids=str,
 )
-def test_errors_of_constructors(checkpoint, tmp_path, change, error, message):
-    """An error in a constructor is not renamed: it says what is wrong."""
+def test_changed_checkpoint(checkpoint, tmp_path, change, error):
+    """A checkpoint whose parts do not fit each other is not loaded."""
     torch.save({**torch.load(checkpoint), **change}, tmp_path / "other.pt")
-    with pytest.raises(error, match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=error):
         CaptionModel.from_checkpoint(tmp_path / "other.pt")
 
 
@@ -287,11 +320,10 @@ def test_kinds_of_images(model, photos, kind):
     assert model.caption(kind(photos[0])) == LEARNED[:1]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_caption_batch_size(model, photos, batch_size):
+def test_caption_batch_size(model, photos):
     """The number of images per batch changes no caption; without images there are none."""
-    assert model.caption(photos, batch_size=batch_size) == LEARNED
-    assert model.caption([], batch_size=batch_size) == []
+    assert model.caption(photos, batch_size=1) == model.caption(photos, batch_size=4) == LEARNED
+    assert model.caption([]) == []
 
 
 def test_caption_by_hand(model, photos):
@@ -303,22 +335,21 @@ def test_caption_by_hand(model, photos):
     assert model.caption(photos, n_best=2) == by_hand
     assert [best for best, _ in by_hand] == LEARNED
     features = model.encoder.cnn(images)
-    assert model.decode(model.generate(features=features)) == [[text] for text in LEARNED]
+    assert model.decode(model.generate(features=features)) == [[caption] for caption in LEARNED]
 
 
 def test_attention_maps(model, photos):
     """A map for each word of a caption and none for `<end>`: a square, where the positions are."""
-    attend = tiny_model(inject="attend").eval()
+    attend = tiny_model(inject="attend", hidden_size=32).eval()
     torch.manual_seed(0)
     for weight in attend.decoder.parameters():
-        torch.nn.init.normal_(weight)  # large, so that the maps of different words differ
+        nn.init.normal_(weight)  # large, so that the maps of different words differ
     captions, maps = attend.caption(photos, max_len=7, return_attention=True)
     assert captions == attend.caption(photos, max_len=7)
-    decoded = attend.generate(attend.preprocess(photos), beam_size=3, max_len=7)
-    naive = NaiveAttentionDecoder(attend.decoder)
-    with torch.no_grad():
-        memory = attend.encode(attend.preprocess(photos)).numpy()
-    for caption, weights, image in zip(captions, maps, memory, strict=True):
+    images, naive = attend.preprocess(photos), NaiveAttentionDecoder(attend.decoder)
+    decoded = attend.generate(images, max_len=7)
+    features = attend.encode(images).detach().numpy()
+    for caption, weights, image in zip(captions, maps, features, strict=True):
         words, state = caption.split(), naive.init_state(image)
         assert weights.shape == (len(words), 2, 2)
         for token, found in zip([1, *map(attend.vocab, words)], weights, strict=False):
@@ -365,19 +396,3 @@ def test_caption_keeps_the_mode(photos, tmp_path, training):
     with pytest.raises(BadImageError, match="nothing.jpg: there is no such file"):
         model.caption(tmp_path / "nothing.jpg")
     assert model.training == model.decoder.training == training
-
-
-@pytest.mark.parametrize("inject", ["par", "attend"])
-def test_own_network(tmp_path, inject):
-    """A module of one's own serves as the CNN, and its checkpoint is loaded with it."""
-    torch.manual_seed(0)
-    layers = [torch.nn.Conv2d(3, 5, 3, stride=16), torch.nn.AdaptiveAvgPool2d(1)]
-    network = torch.nn.Sequential(*layers, torch.nn.Flatten()) if inject == "par" else layers[0]
-    config = ModelConfig(backbone="mine", image_size=64, embed_size=8, inject=inject)
-    model = CaptionModel(Vocabulary(WORDS), config, weights=None, backbone=network)
-    image = Image.effect_noise((64, 64), 50)
-    save(model.checkpoint(), tmp_path / "best.pt")
-    other = deepcopy(network).apply(lambda m: m.reset_parameters() if hasattr(m, "bias") else None)
-    loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt", backbone=other)
-    assert loaded.caption(image) == model.caption(image)
-    assert EncoderCNN(8, network, pooled=inject == "par").cnn.feature_size == 5

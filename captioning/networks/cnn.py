@@ -20,8 +20,8 @@ FINE_TUNE = ("none", "last", "all")
 class CNN(nn.Module):
     """A pre-trained network whose classifier is removed.
 
-    backbone: a network of torchvision, "timm/NAME", or an nn.Module of one's own, which returns
-        (B, C), or with `pooled=False` a map (B, C, H, W).
+    backbone: a network of torchvision, "timm/NAME", or an nn.Module of one's own, which keeps its
+        weights and returns (B, C), or with `pooled=False` a map (B, C, H, W).
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
     pooled: one vector per image; otherwise one for each of the P positions of the last map.
     image_size: side of the square input in pixels; None: the network's own.
@@ -59,20 +59,27 @@ class CNN(nn.Module):
         if fine_tune == "last":
             for parameter in last_stage(self.network, backbone):
                 parameter.requires_grad_(True)
-        try:
-            with torch.no_grad():
-                features = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"{backbone} rejects images of size {self.image_size}: {error}"
-            ) from error
-        if not pooled and features.size(1) == 1:
-            raise ValueError(
-                f"{backbone} has no feature map for attention: its output for images of size "
-                f"{self.image_size} is a single vector; use another backbone, or inject par"
-            )
-        self.feature_size = features.size(2)
+        name = backbone if isinstance(backbone, str) else type(backbone).__name__
+        self.feature_size = self.find_feature_size(name)
         self.train()
+
+    @torch.no_grad()
+    def find_feature_size(self, name) -> int:
+        """C, from the output for an image. Raises ValueError if that has not the right shape."""
+        size = self.image_size
+        try:
+            shape = self.eval().network(torch.zeros(1, 3, size, size)).shape
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"{name} rejects images of size {size}: {error}") from error
+        positions = shape[2:].numel()
+        if self.pooled and positions > 1:
+            raise ValueError(f"{name} returns {tuple(shape)} for an image: pool it to (1, C)")
+        if not self.pooled and (len(shape) != 4 or positions == 1):
+            raise ValueError(
+                f"{name} has no feature map for attention: its output for an image of size {size} "
+                f"is {tuple(shape)}; use another backbone, or inject par"
+            )
+        return shape[1]
 
     def train(self, mode=True):
         return super().train(mode and self.fine_tune == "all")
@@ -90,9 +97,8 @@ class CNN(nn.Module):
         if self.flip:
             flipped = self.network(images.flip(3))
             maps.append(flipped if self.pooled else flipped.flip(3))  # positions of the image
-        if self.pooled:
-            return torch.stack(maps, 1).unsqueeze(2)  # (B, V, 1, C)
-        return torch.stack([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        # A pooled output is a map with one position.
+        return torch.stack([x.unsqueeze(-1).flatten(2).transpose(1, 2) for x in maps], 1)
 
     def for_inference(self, precision="auto"):
         """A copy in eval mode that computes the same function faster, within `autocast`.

@@ -40,12 +40,15 @@ class Decoder(nn.Module):
         """Teacher forcing: features, captions (B, T) -> logits (B, T-1, vocab_size)."""
         return self.predict(self.memory(features), captions)
 
-    def sample(self, features, beam_size=1, **options) -> Decoded:
-        """Generate captions in eval mode; `options` are those of `DecodingOptions`."""
-        if not options.get("temperature"):
-            options["beam_size"] = beam_size
+    def sample(self, features, beam_size=None, **options) -> Decoded:
+        """Generate captions in eval mode: by default the most probable word at each step.
+
+        options: those of `DecodingOptions`.
+        """
+        if beam_size is None and not options.get("temperature"):
+            beam_size = 1
         with eval_mode(self):
-            return generate(self, features, **options)
+            return generate(self, features, beam_size=beam_size, **options)
 
 
 def select_targets(hidden, targets):

@@ -1,25 +1,20 @@
-"""Ensembles of whole models; their search is tested in test_decoding.py."""
-
-from dataclasses import replace
+"""Ensembles: their search, and captions of whole models."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import calibrated_weights, supported
+from conftest import WORDS, supported, tiny_model
+from decoders import assert_equal, language_models, random_decoder
+from naive import beam_search as naive_beam_search
+from naive import log_softmax
 
-from captioning.decoding.ensemble import Ensemble
-from model import CaptionModel, ModelConfig
-from vocabulary import Vocabulary
-
-TINY = ModelConfig(
-    backbone="mobilenet_v3_small", image_size=64, embed_size=16, hidden_size=16, precision="float32"
-)
+from captioning.decoding.beam_search import beam_search
+from captioning.decoding.ensemble import Ensemble, EnsembleDecoder
 
 
-def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
+def random_model(seed, words=WORDS, **changes):
     torch.manual_seed(seed)
-    vocab = Vocabulary.build(words, threshold=1)
-    model = CaptionModel(vocab, replace(TINY, **changes), calibrated_weights())
+    model = tiny_model(words, **changes)
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()
@@ -28,6 +23,38 @@ def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
 @pytest.fixture
 def photos(shared_dataset):
     return sorted((shared_dataset / "images").iterdir())
+
+
+def members(seed):
+    """Two decoders, each with the features of the same images."""
+    pairs = [random_decoder(seed + 50 * i, inject) for i, inject in enumerate(("par", "init"))]
+    return [decoder.eval() for decoder, _ in pairs], tuple(features for _, features in pairs)
+
+
+def test_search():
+    """An ensemble searches with the mean of its members' log-probabilities, normalized."""
+
+    def mean(both):
+        return lambda tokens: log_softmax(sum(model(tokens) for model in both) / 2)
+
+    for seed in range(6):
+        decoders, features = members(seed)
+        models = zip(*map(language_models, decoders, features), strict=True)
+        searches = [naive_beam_search(mean(both), 3, 6, 0.7, 2) for both in models]
+        decoded = beam_search(EnsembleDecoder(decoders), features, beam_size=3, max_len=6, n_best=2)
+        assert_equal(decoded, searches)
+
+
+def test_teacher_forcing():
+    """The log-probabilities of given captions are the mean of those of the members."""
+    decoders, features = members(0)
+    captions = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 8, 4, 2]])
+    index, targets = torch.tensor([3, 0, 3]), torch.tensor([0, 4, 8])
+    found = EnsembleDecoder(decoders).predict(features, captions, index, targets)
+    both = zip(decoders, features, strict=True)
+    logits = [decoder(x[index], captions).log_softmax(-1) for decoder, x in both]
+    expected = (logits[0] + logits[1]).flatten(0, 1)[targets] / 2
+    torch.testing.assert_close(found, expected)
 
 
 def test_same_model(photos):
@@ -69,6 +96,6 @@ def test_attention_of_different_grids(photos):
 def test_errors():
     """Different vocabularies, or no model, raise ValueError."""
     with pytest.raises(ValueError, match="same vocabulary"):
-        Ensemble([random_model(0), random_model(0, words=["a bus"])])
+        Ensemble([random_model(0), random_model(0, words=[*WORDS, "bus"])])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])

@@ -9,10 +9,11 @@ from captioning.base.tokens import END, START
 from captioning.decoding.generate import generate
 from captioning.learning.losses import TeacherForcing
 from captioning.networks.attention import AttentionDecoder
-from captioning.scoring import cross_entropy
 from data_loader import Batch
 
 M, P, C, E, V = 3, 6, 7, 8, 11  # images, positions, feature_size, embed_size, words
+CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
+INDEX = torch.tensor([2, 0, 2])  # the image of each caption
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def features():
     torch.manual_seed(1)
-    return torch.randn(M, P, C)
-
-
-CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
+    return torch.randn(M, P, C) / 3
 
 
 def test_teacher_forcing(decoder, features):
@@ -57,23 +55,22 @@ def test_step(decoder, features):
             np.testing.assert_allclose(attention[b].detach().numpy(), expected, atol=1e-5)
 
 
-def test_predictions_by_index(decoder, features):
-    """`image_index` selects the image of each caption, and `targets` rows of all the logits."""
-    index, targets = torch.tensor([2, 0, 2]), torch.tensor([0, 3, 9])
-    logits = decoder(features[index], CAPTIONS).flatten(0, 1)
-    found = decoder.predict(decoder.memory(features), CAPTIONS, index, targets)
-    torch.testing.assert_close(found, logits[targets])
+def test_targets_and_shared_images(decoder, features):
+    """`targets` selects rows of all logits, in that order; `image_index` repeats images."""
+    targets = torch.tensor([9, 0, 3])
+    found = decoder.predict(decoder.memory(features), CAPTIONS, INDEX, targets)
+    expected = decoder(features[INDEX], CAPTIONS).flatten(0, 1)[targets]
+    torch.testing.assert_close(found, expected)
 
 
 def test_order_of_positions(decoder, features):
     """Permuting the positions of an image permutes the attention and changes no logit."""
     order = torch.randperm(P, generator=torch.Generator().manual_seed(2))
-    memory, tokens = decoder.memory(features), torch.full((M,), 1)
-    state = decoder.init_state(memory)
-    logits, _, attention = decoder.step(tokens, state, memory)
-    permuted = decoder.step(tokens, state, decoder.memory(features[:, order]))
-    torch.testing.assert_close(permuted[0], logits)
-    torch.testing.assert_close(permuted[2], attention[:, order])
+    results = []
+    for memory in (decoder.memory(features), decoder.memory(features[:, order])):
+        results.append(decoder.step(torch.full((M,), 1), decoder.init_state(memory), memory))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][2], results[0][2][:, order])
 
 
 def test_attention_differs_between_words(decoder, features):
@@ -92,7 +89,7 @@ def test_trained_attention_finds_the_object():
     86 % to 99 % were on the object.
     """
     torch.manual_seed(0)
-    decoder = AttentionDecoder(16, 32, 10, 6)
+    decoder = AttentionDecoder(16, 32, 10, feature_size=6)
     optimizer = torch.optim.Adam(decoder.parameters(), 0.01)
 
     def scenes(count):
@@ -122,29 +119,25 @@ def test_heads_must_divide():
         AttentionDecoder(10, 12, V, C, num_heads=4)
 
 
-def test_loss_in_chunks(decoder, features, monkeypatch):
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+def test_loss_in_chunks(decoder, features, monkeypatch, chunk_size):
     """The loss of a batch grouped by image is the sum over captions, whatever the chunks are."""
 
     class Model(torch.nn.Module):
         device, autocast = torch.device("cpu"), staticmethod(torch.enable_grad)
 
-        def __init__(self):
-            super().__init__()
-            self.decoder = decoder
-
         def encode(self, images, features):
             return features
 
-    index = torch.tensor([2, 0, 2])
-    naive = NaiveAttentionDecoder(decoder)
+    model, naive = Model(), NaiveAttentionDecoder(decoder)
+    model.decoder = decoder
     expected = sum(
         -log_softmax(row)[word]
-        for image, caption in zip(features[index].numpy(), CAPTIONS.tolist(), strict=True)
+        for image, caption in zip(features[INDEX].numpy(), CAPTIONS.tolist(), strict=True)
         for row, word in zip(naive.teacher_forcing(image, caption), caption[1:], strict=True)
         if word != 0
     )
-    for chunk_size in (1, 2, 64):
-        monkeypatch.setattr(cross_entropy, "CHUNK_SIZE", chunk_size)
-        sums = TeacherForcing(Model())(Batch(None, CAPTIONS, None, index, features))
-        assert sums["targets"].item() == 5 + 2 + 4
-        assert sums["loss"].item() == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr("captioning.scoring.cross_entropy.CHUNK_SIZE", chunk_size)
+    sums = TeacherForcing(model)(Batch(None, CAPTIONS, None, INDEX, features))
+    assert sums["targets"].item() == 5 + 2 + 4
+    assert sums["loss"].item() == pytest.approx(expected, rel=1e-5)
