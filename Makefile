@@ -14,6 +14,7 @@ run: .venv/ready
 test: .venv/ready .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 notebooks: .venv/ready

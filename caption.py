@@ -26,7 +26,7 @@ from captioning.base.commands import exit_status
 from captioning.base.device import pick_device
 from captioning.base.options import add_arguments, from_args
 from captioning.data.coco import DataError
-from captioning.data.image_files import find_images, image_id_of, write_results
+from captioning.data.image_files import check_results_path, find_images, image_id_of, write_results
 from captioning.data.images import BadImageError, centre_crop
 from captioning.decoding.generate import DecodingOptions
 from model import PRETRAINED, CaptionModel
@@ -88,21 +88,21 @@ def run(args) -> int:
     paths = find_photos(args.photos, on_bad)
     if not paths:
         raise DataError("there is nothing to caption: give photos, folders, or paths to -")
-    check_outputs(args, paths)
+    pictures = check_outputs(args, paths)
     model = CaptionModel.from_checkpoint(args.checkpoint, pick_device(args.device))
     print(f"model: {model.card['summary']}", file=sys.stderr)
     torch.manual_seed(args.seed)
-    captions, map_names = [], names_in(args.maps, paths)
+    results = []
     hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
         for found in caption_files(model, paths, on_bad, bool(args.maps), **vars(options)):
             print_captions(found, with_scores=args.n_best > 1)
-            captions.append((image_id_of(found.path), found.captions[0]))
+            results.append((image_id_of(found.path), found.captions[0]))
             if args.maps:
-                save_map(args.maps, map_names, found, model.encoder.cnn.image_size)
+                save_map(pictures[found.path], found, model.encoder.cnn.image_size)
             bar.update()
     if args.json:
-        write_json(args.json, captions)
+        write_json(args.json, results)
     return 1 if bad else 0
 
 
@@ -126,43 +126,42 @@ def find_photos(arguments, on_bad) -> list[Path]:
     return paths
 
 
-def check_outputs(args, paths):
-    """Raise OSError now rather than after the last photo; creates the folder of `--maps`."""
-    if args.json and os.path.isdir(args.json):
-        raise OSError(f"cannot write {args.json}: it is a folder; give the path of a file")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise OSError(f"cannot write {args.json}: there is no folder {Path(args.json).parent}")
-    if args.json and os.path.realpath(args.json) in map(os.path.realpath, paths):
-        raise OSError(f"{args.json} is one of the photos and would be replaced; change --json")
-    if args.maps and os.path.exists(args.maps) and not os.path.isdir(args.maps):
-        raise OSError(f"{args.maps} is not a folder; give --maps a folder for the pictures")
-    if args.maps:
-        Path(args.maps).mkdir(parents=True, exist_ok=True)
+def check_outputs(args, paths) -> dict:
+    """Raise OSError now rather than after the last photo, or return the files of `--maps`.
 
-
-def names_in(folder, paths) -> set[str]:
-    """The names, in lower case, of the photos in `folder`, which no picture may replace."""
-    real = os.path.realpath(folder or os.devnull)
-    return {path.stem.lower() for path in paths if os.path.realpath(path.parent) == real}
-
-
-def save_map(folder, names, found, size):
-    """Save the attention for each word as a picture, named like the photo.
-
-    names: the names in use, in lower case; a photo of such a name gets a number behind it.
+    These are {photo: picture}, in a folder that is created. A picture is named like its photo, with
+    a number behind it if a photo in that folder or another picture has the name.
     """
+    if args.json:
+        check_results_path(args.json)
+        if os.path.realpath(args.json) in map(os.path.realpath, paths):
+            raise OSError(f"{args.json} is one of the photos and would be replaced; change --json")
+    if not args.maps:
+        return {}
+    if os.path.exists(args.maps) and not os.path.isdir(args.maps):
+        raise OSError(f"{args.maps} is not a folder; give --maps a folder for the pictures")
+    folder, pictures = Path(args.maps), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    inside = [path for path in paths if os.path.realpath(path.parent) == os.path.realpath(folder)]
+    names = {path.stem.lower() for path in inside}  # file systems may not distinguish the case
+    for path in paths:
+        name, number = path.stem[:MAX_STEM], 2
+        while name.lower() in names:
+            name, number = f"{path.stem[:MAX_STEM]}-{number}", number + 1
+        names.add(name.lower())
+        pictures[path] = folder / f"{name}.jpg"
+    return pictures
+
+
+def save_map(file, found, size):
+    """Save the attention for each word of the best caption as a picture."""
     import matplotlib.pyplot as plt  # takes a second, and is needed for pictures alone
 
     from captioning.figures.plots import attention_maps
 
-    stem = found.path.stem[:MAX_STEM]
-    name, number = stem, 2
-    while name.lower() in names:
-        name, number = f"{stem}-{number}", number + 1
-    names.add(name.lower())
     image = centre_crop(found.path, size)
     figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
-    figure.savefig(Path(folder) / f"{name}.jpg")
+    figure.savefig(file)
     plt.close(figure)
 
 
@@ -174,13 +173,13 @@ def print_captions(found, with_scores):
     sys.stdout.flush()
 
 
-def write_json(path, captions):
+def write_json(path, results):
     """Write (image id, caption) pairs in COCO's results format, and report ids that are not unique.
 
     COCO's API takes the captions of one id for captions of one image.
     """
-    ids = [image_id for image_id, _ in captions]
-    write_results(path, ids, [caption for _, caption in captions])
+    ids = [image_id for image_id, _ in results]
+    write_results(path, ids, [caption for _, caption in results])
     repeated = [str(image_id) for image_id, count in Counter(ids).items() if count > 1]
     if repeated:
         print(f"{path}: several photos have the image id {', '.join(repeated)}", file=sys.stderr)

@@ -113,7 +113,9 @@ def collate(items) -> Batch:
     images, captions, features = zip(*(Example(*item) for item in items), strict=True)
     return Batch(
         None if images[0] is None else torch.stack(images),
-        pad_sequence([torch.as_tensor(caption) for caption in captions], True, PAD),
+        pad_sequence(
+            [torch.as_tensor(caption, dtype=torch.long) for caption in captions], True, PAD
+        ),
         torch.tensor([len(caption) for caption in captions]),
         torch.arange(len(items)),
         None if features[0] is None else torch.stack(features),

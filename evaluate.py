@@ -17,7 +17,7 @@ from captioning.base.options import add_arguments, from_args
 from captioning.data.coco import CocoCaptions
 from captioning.data.extraction import extract_features
 from captioning.data.features import PerModel, Views
-from captioning.data.image_files import write_results
+from captioning.data.image_files import check_results_path, write_results
 from captioning.decoding.ensemble import Ensemble
 from captioning.decoding.generate import DecodingOptions
 from captioning.scoring.evaluation import evaluate_split
@@ -29,24 +29,28 @@ BATCH_SIZE = 512  # captions
 
 def run(args) -> dict:
     """The metrics of the model, or of the ensemble of several models."""
-    options = vars(from_args(DecodingOptions, args))
+    options = from_args(DecodingOptions, args)
+    if options.n_best > 1:
+        raise ValueError("one caption per image is evaluated: leave --n-best out")
+    if args.results:
+        check_results_path(args.results)
     device = pick_device(args.device)
     paths = [args.checkpoint, *args.ensemble]
     models = [CaptionModel.from_checkpoint(path, device, args.precision) for path in paths]
+    model = Ensemble(models) if args.ensemble else models[0]
     data = CocoCaptions(args.images, args.captions)
-    features = [features_of(model, data, args.cache_dir) for model in models]
-    model, features = (
-        (Ensemble(models), PerModel(features)) if args.ensemble else (models[0], features[0])
-    )
+    features = [features_of(member, data, args.cache_dir) for member in models]
+    features = PerModel(features) if args.ensemble else features[0]
     dataset = CaptionDataset(data, model.vocab, features=features, cache_dir=args.cache_dir)
     loader, images = get_loader(dataset, "val", BATCH_SIZE), ImageDataset(data, features=features)
-    metrics, captions = evaluate_split(model, loader, images, **options)
+    metrics, captions = evaluate_split(model, loader, images, **vars(options))
     if args.results:
         write_results(args.results, data.image_ids, captions)
     return {"models": len(models), **metrics}
 
 
 def features_of(model, data, cache_dir) -> Views:
+    """The features that the model's CNN computes of the images."""
     precision, cnn = model.config.precision, model.encoder.cnn
     array, _ = extract_features(cnn, data.paths, model.transform, cache_dir, precision)
     return Views([array])

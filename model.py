@@ -163,16 +163,18 @@ class CaptionModel(Captioner, nn.Module):
     card: the model card, a dict that says what the model was trained on.
     """
 
-    def __init__(self, vocab: Vocabulary, config: ModelConfig | None = None, weights="DEFAULT"):
-        """weights: of the CNN, as in `EncoderCNN`. config.backbone may also be an nn.Module."""
+    def __init__(self, vocab, config: ModelConfig | None = None, weights="DEFAULT", backbone=None):
+        """vocab: a `Vocabulary`. weights: of the CNN, as in `EncoderCNN`. backbone: a network of
+        one's own (nn.Module) in place of the one that `config.backbone` names.
+        """
         super().__init__()
         self.vocab, self.config = vocab, config or ModelConfig()
         self.card = {"summary": "nothing is recorded about the training data"}
         c = self.config
-        self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
+        self.transform = eval_transform(**input_settings(backbone or c.backbone, c.image_size))
         self.encoder = EncoderCNN(
             c.embed_size,
-            c.backbone,
+            backbone or c.backbone,
             weights,
             pooled=c.inject != "attend",
             image_size=c.image_size,
@@ -230,10 +232,10 @@ class CaptionModel(Captioner, nn.Module):
         }
 
     @classmethod
-    def from_checkpoint(cls, path, device="cpu", precision=None):
+    def from_checkpoint(cls, path, device="cpu", precision=None, backbone=None):
         """Load a trained model in eval mode. The file is self-contained, and no code in it is run.
 
-        precision: override that of the checkpoint.
+        precision: override that of the checkpoint. backbone: see the constructor.
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint.
         """
@@ -242,7 +244,7 @@ class CaptionModel(Captioner, nn.Module):
         config.precision = precision or config.precision
         resolve_precision(device, config.precision)  # fail now, not at the first image
         vocab = Vocabulary(checkpoint["words"], checkpoint["threshold"])
-        model = cls(vocab, config, weights=None)
+        model = cls(vocab, config, weights=None, backbone=backbone)
         model.load_state_dict(checkpoint["model"])
         model.card = checkpoint["card"]
         return model.to(device).eval()

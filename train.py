@@ -53,42 +53,56 @@ def build_run(config: TrainConfig) -> Run:
     """Read the captions, build vocabulary and model, and extract features, or resume.
 
     With torchrun, every process builds a run, trains on its part of each batch, and rank 0 writes.
+    From here to the end of `fit`, no other run can use --out.
     Raises ValueError or OSError, with a sentence that says what is wrong and what to do, before
     anything of an earlier run in --out is changed.
     """
+    check_paths(config)
     device = pick_device(config.device)
     resolve_precision(device, config.precision)  # raises if it is not supported
     if config.deterministic:
         use_deterministic_algorithms()
-    earlier = find_earlier_run(config)
-    train_data = CocoCaptions(config.train_images, config.train_captions)
-    val_data = CocoCaptions(config.val_images, config.val_captions)
-    lock = lock_run_dir(config.out)
-    try:
-        torch.manual_seed(config.seed)
-        model = build_model(config, train_data).to(device)
-        train_set, val_set = build_datasets(config, model, train_data, val_data)
-        source = model.card if config.init_from else None
-        model.card = training_card(config, train_set.data, val_set.data, source)
-        run = Run(
-            config,
-            model,
-            build_loss(config, model, train_set),
-            build_optimizer(model, config),
-            *build_loaders(config, train_set, val_set),
-            val_images=ImageDataset(val_set.data, val_set.transform, val_set.features),
-            data_digest=digest_of(train_set.data, val_set.data),
-            lock=lock,
-        )
-        # Another seed on every rank, so that their dropout masks and samples differ.
-        torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
+    with lock_run_dir(config.out) as lock:  # which an error releases
+        earlier = find_earlier_run(config)
+        run = assemble_run(config, device)
         if earlier:
             restore(run, earlier)
-    except BaseException:
-        if lock:
-            lock.release()
-        raise
-    warn_about_few_updates(run)
+        elif config.resume:
+            print0(f"There is no last.pt in {config.out} to resume from yet: a new run is started.")
+        warn_about_few_updates(run)
+        run.lock = lock.pop_all()
+    return run
+
+
+def check_paths(config):
+    """Raise ValueError for a path that is missing, or that cannot be a folder."""
+    missing = [name for name in names_with(config, "required") if getattr(config, name) is None]
+    if missing:
+        raise ValueError(f"the config has no {', '.join(missing)}; give their paths")
+    if Path(config.cache_dir).is_file():
+        raise ValueError(f"{config.cache_dir} is a file, not a folder; choose another --cache-dir")
+
+
+def assemble_run(config, device) -> Run:
+    """A run at its beginning."""
+    train_data = CocoCaptions(config.train_images, config.train_captions)
+    val_data = CocoCaptions(config.val_images, config.val_captions)
+    torch.manual_seed(config.seed)
+    model = build_model(config, train_data).to(device)
+    train_set, val_set = build_datasets(config, model, train_data, val_data)
+    source = model.card if config.init_from else None
+    model.card = training_card(config, train_set.data, val_set.data, source)
+    run = Run(
+        config,
+        model,
+        build_loss(config, model, train_set),
+        build_optimizer(model, config),
+        *build_loaders(config, train_set, val_set),
+        val_images=ImageDataset(val_set.data, val_set.transform, val_set.features),
+        data_digest=digest_of(train_set.data, val_set.data),
+    )
+    # Another seed on every rank, so that their dropout masks and samples differ.
+    torch.manual_seed(config.seed + 1000 * rank_and_world_size()[0])
     return run
 
 
@@ -117,8 +131,11 @@ def build_model(config, train_data) -> CaptionModel:
     vocab = source.vocab
     if config.loss == "cross-entropy":
         vocab = vocab.extended(counts, config.min_word_freq)
+    new = vocab.words[len(source.vocab) :]
+    if new:
+        print0(f"{len(new)} new words: {', '.join(new[:10])}{', ..' if new[10:] else ''}")
     model = CaptionModel(vocab, config.model_config(), weights=None)
-    model.load_state_dict(with_new_words(source.state_dict(), len(vocab) - len(source.vocab)))
+    model.load_state_dict(with_new_words(source.state_dict(), len(new)))
     model.card = source.card
     return model
 

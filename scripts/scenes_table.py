@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from captioning.base.modules import eval_mode, select
 from captioning.data.coco import CocoCaptions
-from captioning.data.splits import find_splits
+from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
-from captioning.scenes.synthetic import attention_on_things, generate_scenes, is_wrong
+from captioning.scenes.attention import attention_on_things
+from captioning.scenes.dataset import generate_scenes
+from captioning.scenes.mistakes import is_wrong
 from captioning.scoring.evaluation import caption_split, score
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from evaluate import features_of
@@ -67,7 +69,7 @@ def attention_shares(model, data, features) -> np.ndarray:
 
 def result(args, row, seed) -> dict:
     """The values of COLUMNS for a run, which is trained."""
-    splits, out = find_splits("synthetic", args.data), f"{args.out}/{row}-{seed}"
+    splits, out = prepare_splits("synthetic", args.data), f"{args.out}/{row}-{seed}"
     options = {**ROWS[row], "seed": seed, "cache_dir": args.cache_dir, "overwrite": True}
     run = build_run(config_for("synthetic", splits, out, **options))
     test = CocoCaptions(*splits["test"])

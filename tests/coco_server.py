@@ -29,8 +29,9 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         pass  # clients that disconnect are expected
 
-    def received(self, path=None):
-        return [request for request in self.requests if path in (None, request["path"])]
+    def received(self, header="path"):
+        """The path, or a header, of every request so far."""
+        return [request.get(header) for request in self.requests]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,8 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, path = self.server, self.path
-        request = {"path": path, "Range": None, "If-Range": None}
-        server.requests.append({**request, **dict(self.headers.items()), "path": path})
+        server.requests.append({**self.headers, "path": path})
         faults = server.faults.get(path, [])
         fault = faults.pop(0) if faults else serve_correctly
         FAULTS.get(fault, fault)(self, server.files.get(path))
@@ -55,8 +55,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_file(self, body, sent=None, length=None):
         """The whole file, or other bytes with its validators and another length."""
-        sent, tags = body if sent is None else sent, self.server.validators(body)
-        self.answer(200, sent, length or len(body), **tags)
+        sent = body if sent is None else sent
+        self.answer(200, sent, length or len(body), **self.server.validators(body))
 
     def answer_range(self, body, start, end):
         span, tags = f"bytes {start}-{end - 1}/{len(body)}", self.server.validators(body)
@@ -66,18 +66,19 @@ class Handler(BaseHTTPRequestHandler):
 def serve_correctly(handler, body):
     """RFC 9110: a range only if If-Range matches, 416 if it begins after the end."""
     if body is None:
-        return handler.answer(404)
-    start = re.fullmatch(r"bytes=(\d+)-", handler.headers["Range"] or "")
-    tags = handler.server.validators(body).values()
-    if not start or handler.headers["If-Range"] not in tags:
-        return handler.answer_file(body)
-    serve_range(handler, body, int(start[1]))
+        handler.answer(404)
+    elif handler.headers["If-Range"] in handler.server.validators(body).values():
+        serve_range(handler, body)
+    else:
+        handler.answer_file(body)
 
 
-def serve_range(handler, body, start):
-    if start >= len(body):
-        return handler.answer(416, Content_Range=f"bytes */{len(body)}")
-    handler.answer_range(body, start, len(body))
+def serve_range(handler, body):
+    start = int(re.findall(r"\d+", handler.headers["Range"] or "0")[0])
+    if start < len(body):
+        handler.answer_range(body, start, len(body))
+    else:
+        handler.answer(416, Content_Range=f"bytes */{len(body)}")
 
 
 def truncate(handler, body, at=None):
@@ -86,7 +87,6 @@ def truncate(handler, body, at=None):
 
 def stall(handler, body):
     truncate(handler, body)
-    handler.wfile.flush()
     handler.server.stalled.set()
     handler.server.release.wait(5)
 
@@ -112,11 +112,10 @@ FAULTS = {
     "fail": lambda handler, body: handler.answer(500),
     "serve correctly": serve_correctly,
     "ignore range": lambda handler, body: handler.answer_file(body),
-    "ignore if-range": lambda handler, body: serve_range(
-        handler, body, int(re.findall(r"\d+", handler.headers["Range"] or "0")[0])
-    ),
+    "ignore if-range": serve_range,
     "wrong range": lambda handler, body: handler.answer_range(body, 7, len(body)),
     "short range": lambda handler, body: handler.answer_range(body, len(body) // 2, len(body) - 9),
+    "no range": lambda handler, body: handler.answer(206, body, **handler.server.validators(body)),
     "announce too much": lambda handler, body: handler.answer_file(body, length=len(body) + 10),
     "send too much": lambda handler, body: handler.answer_file(body, body + b"surplus"),
     "no length": no_length,
@@ -142,44 +141,40 @@ def serving():
         server.server_close()
 
 
-def make_zip(path, members, compression=zipfile.ZIP_DEFLATED):
-    """`members`: {name or ZipInfo: bytes}."""
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def make_zip(members, compression=zipfile.ZIP_DEFLATED) -> bytes:
+    """A zip of {name or ZipInfo: bytes}."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-    return path
+    return file.getvalue()
 
 
 def image_name(split, year, index):
     return f"COCO_{split}2014_{index:012}.jpg" if year == 2014 else f"{index:012}.jpg"
 
 
-def jpeg(split, year, index):
-    return b"\xff\xd8" + sha256(f"{split}{year}{index}".encode()).digest() * 9 + b"\xff\xd9"
-
-
 def serve_coco(server, year=2017):
     """Put a COCO of five images per split on the server; returns {path below root: bytes}."""
     tree = {}
     for split in ("train", "val"):
-        folder, images, annotations = f"{split}{year}", [], []
+        images, annotations = [], []
         for index in IDS:
             name = image_name(split, year, index)
-            tree[f"{folder}/{name}"] = jpeg(split, year, index)
-            url = f"http://images.cocodataset.org/{folder}/{name}"
-            images.append({"id": index, "file_name": name, "coco_url": url, "license": 1})
+            tree[f"{split}{year}/{name}"] = sha256(f"{split}{year}{index}".encode()).digest() * 9
+            images.append({"id": index, "file_name": name})
             annotations += [
                 {"id": 10 * index + copy, "image_id": index, "caption": f"A {index}."}
                 for copy in range(5)
             ]
         captions = {"info": {"year": year}, "images": images, "annotations": annotations}
-        tree[f"annotations/captions_{folder}.json"] = json.dumps(captions).encode()
+        tree[f"annotations/captions_{split}{year}.json"] = json.dumps(captions).encode()
     for zip_name, part in (
         (f"/zips/train{year}.zip", f"train{year}/"),
         (f"/zips/val{year}.zip", f"val{year}/"),
         (f"/annotations/annotations_trainval{year}.zip", "annotations/"),
     ):
         members = {name: body for name, body in tree.items() if name.startswith(part)}
-        server.files[zip_name] = make_zip(io.BytesIO(), members).getvalue()
+        server.files[zip_name] = make_zip(members)
     server.files |= {f"/{name}": body for name, body in tree.items() if name.endswith(".jpg")}
     return tree

@@ -2,12 +2,14 @@
 
     python tests/faults.py                   # all of them, a few minutes; prints a table
     python tests/faults.py kill memory       # some of them
+    python tests/faults.py kill --times 3    # a shorter trial
 
 These trials are too slow for `make test`, and some require root on Linux (a small tmpfs, two
 network namespaces). Those that this machine does not support are reported as not tried. The exit
 status is 1 if a trial failed.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from conftest import command_line, tiny_config, write_dataset
-from test_checkpoint import assert_same_result
 
-from captioning.data.splits import find_splits
-from captioning.learning.checkpoint import load_safely
+from captioning.base.checkpoints import load_safely
+from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
+from runs import assert_same_result
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,54 +92,46 @@ def check_readable(config):
 # ---------------------------------------------------------------------------- a killed process
 
 
-def kill(folder, times=25):
-    """SIGKILL at random times; the resumed run has to end like an uninterrupted one."""
+def interrupt(folder, moments, stop, **options):
+    """Stop a run after each of these parts of its duration, and resume it: it has to end like an
+    uninterrupted one. Returns [(exit status, number of its complete files)], seconds of a run.
+    """
     data = write_dataset(folder / "data")
-    config = tiny_config(data, epochs=6, learning_rate=0.02, save_every=2, batch_size=4)
+    config = tiny_config(data, epochs=6, learning_rate=0.02, batch_size=4, **options)
     status, log, seconds = finish(config)
     assert status == 0, log
-    times_of_kill = np.random.default_rng(0).uniform(0, seconds, times)
-    kept = []
-    for number, delay in enumerate(times_of_kill):
-        run = replace(
-            config,
-            out=str(folder / f"{number}"),
-            resume=True,
-            cache_dir=str(folder / f"{number}-cache"),
-        )
+    stopped = []
+    for number, moment in enumerate(moments):
+        out, cache = folder / f"{number}", folder / f"{number}-cache"
+        run = replace(config, out=str(out), cache_dir=str(cache), resume=True)
         process = start(run)
-        process.join(delay)
-        process.kill()
+        process.join(moment * seconds)
+        stop(process)
         process.join()
-        kept.append(check_readable(run))
+        stopped.append((process.exitcode, check_readable(run)))
         status, log, _ = finish(run)
         assert status == 0, log
         assert_same_result(run.out, config.out)
+    return stopped, seconds
+
+
+def kill(folder, times=25):
+    """SIGKILL at random times."""
+    moments = np.random.default_rng(0).uniform(0, 1, times)
+    stopped, seconds = interrupt(folder, moments, FORK.Process.kill, save_every=2)
+    late = sum(files > 0 for _, files in stopped)
     return (
         f"SIGKILL at a random time in a run of {seconds:.1f} s, then `--resume`",
         times,
         f"all {times} ended bit-identical to the uninterrupted run; all files were complete "
-        f"({sum(map(bool, kept))} of the kills came after the first file)",
+        f"({late} of the kills came after the first file)",
     )
 
 
 def terminate(folder, times=10):
     """The same with SIGTERM, after which the run saves and exits with status 143."""
-    data = write_dataset(folder / "data")
-    config = tiny_config(data, epochs=6, learning_rate=0.02, batch_size=4)
-    status, log, seconds = finish(config)
-    assert status == 0, log
-    saved = 0
-    for number, delay in enumerate(np.linspace(0.2, 0.9, times) * seconds):
-        run = replace(config, out=str(folder / f"{number}"), resume=True)
-        process = start(run)
-        process.join(delay)
-        process.terminate()
-        process.join()
-        saved += process.exitcode == 128 + signal.SIGTERM
-        check_readable(run)
-        assert finish(run)[0] == 0
-        assert_same_result(run.out, config.out)
+    stopped, _ = interrupt(folder, np.linspace(0.2, 0.9, times), FORK.Process.terminate)
+    saved = sum(status == 128 + signal.SIGTERM for status, _ in stopped)
     return (
         "SIGTERM at evenly spaced times, then `--resume`",
         times,
@@ -197,27 +192,26 @@ def disk(folder):
 # ---------------------------------------------------------------------------- two nodes
 
 
+NODES = {"captions-a": "10.213.0.1", "captions-b": "10.213.0.2"}
+
+
 @contextlib.contextmanager
 def two_nodes():
     """Two network namespaces with an address each, connected by a virtual Ethernet pair."""
-    commands = """
-        netns add captions-a
-        netns add captions-b
-        link add captions-a type veth peer name captions-b
-        link set captions-a netns captions-a
-        link set captions-b netns captions-b
-        -n captions-a addr add 10.213.0.1/24 dev captions-a
-        -n captions-b addr add 10.213.0.2/24 dev captions-b
-        -n captions-a link set captions-a up
-        -n captions-b link set captions-b up
-        -n captions-a link set lo up
-        -n captions-b link set lo up
-    """
+    commands = [f"netns add {node}" for node in NODES]
+    commands += ["link add captions-a type veth peer name captions-b"]
+    for node, address in NODES.items():
+        commands += [
+            f"link set {node} netns {node}",
+            f"-n {node} addr add {address}/24 dev {node}",
+            f"-n {node} link set {node} up",
+            f"-n {node} link set lo up",
+        ]
     remove_nodes()
     try:
-        for command in commands.strip().splitlines():
+        for command in commands:
             subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-        yield ("captions-a", "captions-b")
+        yield list(NODES)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise Unsupported("network namespaces require root and `ip` on Linux") from error
     finally:
@@ -225,7 +219,7 @@ def two_nodes():
 
 
 def remove_nodes():
-    for name in ("captions-a", "captions-b"):
+    for name in NODES:
         with contextlib.suppress(FileNotFoundError):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
@@ -233,7 +227,7 @@ def remove_nodes():
 def torchrun(node, config, log, restarts=0):
     """`torchrun ... train.py` on one of the two nodes."""
     # Both nodes have the same host name, so torchrun has to be told which one is the host.
-    address, host = ("10.213.0.1", 1) if node == "captions-a" else ("10.213.0.2", 0)
+    address, host = NODES[node], int(node == "captions-a")
     words = f"""ip netns exec {node} env OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME={node}
         {sys.executable} -m torch.distributed.run --nnodes 2 --nproc-per-node 1
         --max-restarts {restarts} --rdzv-id captions --rdzv-backend c10d
@@ -402,14 +396,14 @@ def worker(folder):
 
 def memory(folder, epochs=20):
     """Resident memory after each of 20 epochs on the synthetic scenes, and a figure of it."""
-    splits = find_splits("synthetic", ROOT / "data/synthetic")
+    splits = prepare_splits("synthetic", ROOT / "data/synthetic")
     config = config_for(
         "synthetic",
         splits,
         folder / "out",
         epochs=epochs,
         patience=epochs,
-        weights=str(ROOT / "synthetic_encoder.pt"),
+        weights=str(ROOT / "captioning/scenes/encoder.pt"),
         cache_dir=str(folder / "cache"),
     )
     process = start(config)
@@ -449,16 +443,18 @@ def plot_memory(used, path):
 TRIALS = [kill, terminate, disk, network, failing_rank, worker, memory]
 
 
-def report(names):
+def report(names, times=None):
+    """Run the trials of these names, or all; times: how often those with a `times`."""
     torch.set_num_threads(1)
     failed = False
     print("| trial | times | result |\n|---|---|---|", flush=True)
     for trial in TRIALS:
         if names and trial.__name__ not in names:
             continue
+        repeated = times and "times" in signature(trial).parameters
         with TemporaryDirectory() as folder:
             try:
-                row = trial(Path(folder))
+                row = trial(Path(folder), **{"times": times} if repeated else {})
             except Unsupported as reason:
                 row = (trial.__name__, 0, f"not tried: {reason}")
             except AssertionError as error:
@@ -469,4 +465,8 @@ def report(names):
 
 
 if __name__ == "__main__":
-    sys.exit(report(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="Fault injection; prints a table.")
+    parser.add_argument("names", nargs="*", help=", ".join(trial.__name__ for trial in TRIALS))
+    parser.add_argument("--times", type=int, help="repetitions of each trial that has several")
+    args = parser.parse_args()
+    sys.exit(report(args.names, args.times))

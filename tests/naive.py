@@ -1,7 +1,7 @@
 """A second, independent implementation of the decoder and of the beam search, in numpy.
 
 One image and one token at a time, in float64, without batches and without early stopping. Tests
-compare `DecoderRNN` and `decoding.py` with it. It uses the weights of the decoder, but none of its
+compare `DecoderRNN` and the search with it. It uses the weights of the decoder, but none of its
 code.
 """
 
@@ -115,7 +115,10 @@ class NaiveAttentionDecoder(NaiveDecoder):
 
     def step(self, token, state, image):
         """The logits of the next token, the new state, and the attention (P,)."""
-        keys, values = np.split(np.asarray(image, dtype=np.float64), 2, axis=1)
+        keys, values = (
+            np.array([self.linear(name, position) for position in np.float64(image)])
+            for name in ("keys", "values")
+        )
         first, second = state
         embeddings = self.weights["embedding.weight"]
         word = embeddings[token] * np.sqrt(embeddings.shape[1])
@@ -187,46 +190,3 @@ def beam_search(language_model, beam_size, max_len, length_penalty, n_best=1):
     ranking = sorted(ended, key=lambda h: h.score(length_penalty), reverse=True) + beam
     scores = [h.score(length_penalty) for h in ranking[: n_best + 1]]
     return ranking[:n_best], min([*margins, *np.abs(np.diff(scores))])
-
-
-def diverse_beam_search(language_model, groups, width, diversity, max_len, length_penalty, n):
-    """(the n best hypotheses of each group, ended ones first; smallest margin).
-
-    A group stops when its best prefix cannot enter its n best any more.
-    """
-    beams, ended = [[Hypothesis([], [])] for _ in range(groups)], [[] for _ in range(groups)]
-    margins = [np.inf]
-    for _ in range(max_len):
-        counts = {}
-        for group in range(groups):
-            longer = [
-                (
-                    sum(log_probs) + log_prob - diversity * counts.get(token, 0),
-                    Hypothesis([*tokens, token], [*log_probs, log_prob]),
-                )
-                for tokens, log_probs in beams[group]
-                for token, log_prob in enumerate(language_model(tokens))
-                if log_prob > -np.inf
-            ]
-            longer.sort(key=lambda pair: pair[0], reverse=True)
-            if len(longer) > width:
-                margins.append(longer[width - 1][0] - longer[width][0])
-            kept = [hypothesis for _, hypothesis in longer[:width]]
-            for hypothesis in kept:
-                token = hypothesis.tokens[-1]
-                counts[token] = counts.get(token, 0) + 1
-            ended[group] += [h for h in kept if h.ended]
-            ended[group].sort(key=lambda h: h.score(length_penalty), reverse=True)
-            beams[group] = [h for h in kept if not h.ended]
-            best = max((sum(h.log_probs) for h in beams[group]), default=-np.inf)
-            if len(ended[group]) >= n:
-                margin = best / max_len**length_penalty - ended[group][n - 1].score(length_penalty)
-                margins.append(abs(margin))
-                if margin <= 0:
-                    beams[group] = []
-    for beam in beams:
-        beam.sort(key=lambda h: sum(h.log_probs), reverse=True)
-    found = [of_group + beam for of_group, beam in zip(ended, beams, strict=True)]
-    scores = {(h.ended, *h.tokens): h.score(length_penalty) for hs in found for h in hs[: n + 1]}
-    margins += [np.abs(np.diff(sorted(scores.values()))).min()] if len(scores) > 1 else []
-    return [hypotheses[:n] for hypotheses in found], min(margins)

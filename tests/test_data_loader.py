@@ -1,4 +1,4 @@
-"""From captions to batches: samplers, collation, and the three loaders."""
+"""From captions to batches: samplers, datasets, collation, and the loader."""
 
 from collections import Counter
 
@@ -6,25 +6,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import CAPTIONS
+from torch.utils.data import Dataset
 
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import eval_transform
 from captioning.learning.losses import TeacherForcing
-from data_loader import (
-    BucketSampler,
-    CaptionDataset,
-    ImageGroupedSampler,
-    get_loader,
-    image_loader,
-    train_loader,
-    val_loader,
-)
-from model import CaptionModel, ModelConfig
-from vocabulary import Vocabulary
+from data_loader import BucketSampler, CaptionDataset, ImageDataset, ImageGroupedSampler, get_loader
+from runs import tiny_model
+from vocabulary import PAD, Vocabulary
 
 TEXTS = [caption for captions in CAPTIONS for caption in captions]
+PAIRS = Counter((n, text) for n, texts in enumerate(CAPTIONS) for text in texts)
 LENGTHS = np.arange(50) % 3 + 3
 IMAGES = np.repeat(np.arange(20), [1, 2, 3, 4] * 5)  # the image of each of 50 captions
+FEATURES = torch.arange(12.0)[:, None, None] * torch.tensor([1.0, 10.0])  # (12, 1, 2)
 transform = eval_transform(32)
 
 
@@ -38,15 +33,9 @@ def vocab():
     return Vocabulary.build(TEXTS, threshold=1)
 
 
-def numbers_of(images, data):
-    """Which images of `data` these are."""
-    numbers = {transform(path).numpy().tobytes(): n for n, path in enumerate(data.paths)}
-    return [numbers[image.numpy().tobytes()] for image in images]
-
-
 def sampler(grouped=False, **options):
     if grouped:
-        return ImageGroupedSampler(LENGTHS, IMAGES, batch_size=8, **options)
+        return ImageGroupedSampler(LENGTHS, IMAGES, batch_size=12, **options)  # 5 images
     return BucketSampler(LENGTHS, batch_size=8, **options)
 
 
@@ -62,9 +51,9 @@ both = pytest.mark.parametrize("grouped", [False, True], ids=["BucketSampler", "
 
 @both
 def test_every_caption_once_per_epoch(grouped):
-    """An epoch has every caption in exactly one of its batches."""
+    """An epoch has every caption in exactly one of its batches, which have about the same size."""
     batches = epoch_of(sampler(grouped), 3)
-    assert len(batches) == len(sampler(grouped)) == (3 if grouped else 7)
+    assert len(batches) == len(sampler(grouped)) == (4 if grouped else 7)
     assert sorted(sum(batches, [])) == list(range(50))
 
 
@@ -102,10 +91,10 @@ def test_start_within_an_epoch(grouped):
 
 
 def test_all_captions_of_an_image_are_in_one_batch():
-    """A batch of the ImageGroupedSampler has all captions of its images, at most batch_size."""
+    """A batch of the ImageGroupedSampler has all captions of its images, about batch_size."""
     for batch in epoch_of(sampler(grouped=True), 0):
         images = set(IMAGES[batch])
-        assert len(images) <= 8
+        assert len(images) == 5  # with 2.5 captions on average
         assert sorted(batch) == np.flatnonzero(np.isin(IMAGES, list(images))).tolist()
 
 
@@ -121,7 +110,7 @@ def test_images_of_similar_length():
     lengths = np.random.default_rng(0).integers(5, 40, 5000)
     image = np.repeat(np.arange(1000), 5)
     longest = lengths.reshape(1000, 5).max(1)
-    batches = list(ImageGroupedSampler(lengths, image, 50))
+    batches = list(ImageGroupedSampler(lengths, image, 250))
     assert max(np.ptp(longest[np.unique(image[batch])]) for batch in batches) <= 12
 
 
@@ -137,148 +126,116 @@ def test_a_part_for_every_process(captions, batch_size, world_size):
 # ---------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("mode", ["train", "val"])
+class Items(Dataset):
+    """The items of a dataset without its methods and attributes, as a dataset of one's own."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, caption, features = self.dataset[index]
+        return (
+            (image, caption.int().numpy())
+            if features is None
+            else (None, caption.tolist(), features)
+        )
+
+
+def numbers_of(batch, data):
+    """The number of each image of a batch, in `data`."""
+    if batch.images is None:
+        assert (batch.features[:, 0, 1] == 10 * batch.features[:, 0, 0]).all()
+        return batch.features[:, 0, 0].int().tolist()
+    numbers = {transform(path).numpy().tobytes(): n for n, path in enumerate(data.paths)}
+    return [numbers[image.numpy().tobytes()] for image in batch.images]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["CaptionDataset", "a dataset of one's own"])
+@pytest.mark.parametrize("inputs", [{"transform": transform}, {"features": FEATURES}], ids=str)
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_every_caption_with_its_image(data, vocab, mode, batch_size):
-    """A loader returns every caption exactly once, with its own image."""
-    loader = get_loader(data, vocab, mode, transform=transform, batch_size=batch_size)
-    found = Counter()
-    for images, captions, _ in loader:
-        texts = [vocab.decode(caption) for caption in captions]
-        found.update(zip(numbers_of(images, data), texts, strict=True))
-    assert found == Counter((n, c) for n, texts in enumerate(CAPTIONS) for c in texts)
+def test_every_caption_with_its_image(data, vocab, own, inputs, batch_size):
+    """In all modes, an epoch has every caption once, with its own image or its features."""
+    dataset = CaptionDataset(data, vocab, **inputs)
+    modes = [("train", {}), ("val", {})] + [("train", {"group_images": True})] * (not own)
+    for mode, options in modes:
+        found, wrapped = Counter(), Items(dataset) if own else dataset
+        for batch in get_loader(wrapped, mode, batch_size, **options):
+            numbers, index = numbers_of(batch, data), batch.image_index.tolist()
+            assert set(index) == set(range(len(numbers)))
+            assert own or len(set(numbers)) == len(numbers)  # each image once
+            assert batch.lengths.tolist() == (batch.captions != PAD).sum(1).tolist()
+            texts = map(vocab.decode, batch.captions)
+            found.update((numbers[i], text) for i, text in zip(index, texts, strict=True))
+        assert found == PAIRS
 
 
-def test_collation(data, vocab):
+@pytest.mark.parametrize("own", [False, True], ids=["CaptionDataset", "a dataset of one's own"])
+def test_collation(data, vocab, own):
     """A batch has its captions as indices, each padded with `<pad>`, and their lengths."""
-    indices = [5, 0, 17, 5]
-    images, captions, lengths = CaptionDataset(data, vocab, transform).__getitems__(indices)
-    encoded = [vocab.encode(TEXTS[index]) for index in indices]
+    rows = [5, 0, 17, 5]
+    dataset = CaptionDataset(data, vocab, transform)
+    dataset = torch.utils.data.Subset(Items(dataset) if own else dataset, rows)
+    (batch,) = get_loader(dataset, "val")
+    encoded = [vocab.encode(TEXTS[row]) for row in rows]
     longest = max(map(len, encoded))
-    assert captions.tolist() == [ids + [0] * (longest - len(ids)) for ids in encoded]
-    assert lengths.tolist() == [len(ids) for ids in encoded]
-    assert (captions.dtype, images.dtype) == (torch.int64, torch.float32)
-    assert images.shape == (4, 3, 32, 32)
+    assert batch.captions.tolist() == [ids + [PAD] * (longest - len(ids)) for ids in encoded]
+    assert batch.lengths.tolist() == [len(ids) for ids in encoded]
+    assert (batch.captions.dtype, batch.images.dtype) == (torch.int64, torch.float32)
+    assert batch.images[batch.image_index].shape == (4, 3, 32, 32)
+
+
+def test_items(data, vocab):
+    """An item is one caption with its image or its features; there are as many as captions."""
+    rows = [n for n, captions in enumerate(CAPTIONS) for _ in captions]
+    images, features = CaptionDataset(data, vocab, transform), CaptionDataset(data, vocab, None)
+    features.features = FEATURES
+    for row, text, item, other in zip(rows, TEXTS, images, features, strict=True):
+        assert torch.equal(item.image, transform(data.paths[row])) and item.features is None
+        assert torch.equal(other.features, FEATURES[row]) and other.image is None
+        assert item.caption.tolist() == other.caption.tolist() == vocab.encode(text)
 
 
 def test_validation_has_a_fixed_order(data, vocab):
-    """Validation batches are the same every time, and ranks share them."""
-    order = [captions.tolist() for _, captions, _ in val_loader(data, vocab, transform=transform)]
-    assert order == [c.tolist() for _, c, _ in val_loader(data, vocab, transform=transform)]
+    """Validation batches are in the order of the captions, and ranks share them."""
+    dataset = CaptionDataset(data, vocab, features=FEATURES)
     whole, *parts = (
         [
-            c.tolist()
-            for _, c, _ in val_loader(
-                data, vocab, transform=transform, batch_size=4, rank=rank, world_size=world_size
-            )
+            [vocab.decode(caption) for caption in batch.captions]
+            for batch in get_loader(dataset, "val", 4, rank=rank, world_size=world_size)
         ]
         for rank, world_size in ((0, 1), (0, 2), (1, 2))
     )
+    assert sum(whole, []) == TEXTS
     assert [whole[0::2], whole[1::2]] == parts
 
 
 def test_every_image_once(data):
-    """The image loader returns every image once, in order, with its row among the references."""
-    batches = list(image_loader(data, transform=transform, batch_size=5))
-    rows = torch.cat([rows for _, rows in batches]).tolist()
-    images = torch.cat([images for images, _ in batches])
-    assert torch.equal(images, torch.stack([transform(path) for path in data.paths]))
-    assert [data.captions[row] for row in rows] == CAPTIONS
+    """A loader of an ImageDataset has every image once, in order, and so have its items."""
+    dataset = ImageDataset(data, transform)
+    expected = torch.stack([transform(path) for path in data.paths])
+    batches = list(get_loader(dataset, "val", 5))
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    assert torch.equal(torch.stack([item.image for item in dataset]), expected)
+    assert len(dataset) == 12 and batches[0].captions is None
 
 
-@pytest.mark.parametrize("mode", ["train", "val", "test"])
-def test_features_instead_of_images(data, vocab, mode, capsys):
-    """Given features, batches have those of their images, also if images were left out."""
-    smaller = data.without([0, 7])
-    features = np.arange(12, dtype=np.float16)[:, None, None, None] * [[[[1, 10]]]]
-    with_features = get_loader(smaller, vocab, mode, features=features, batch_size=4)
-    with_images = get_loader(smaller, vocab, mode, transform=transform, batch_size=4)
-    for (found, *rest), (images, *same) in zip(with_features, with_images, strict=True):
-        assert found.tolist() == [[[[n, 10 * n]]] for n in numbers_of(images, data)]
-        assert found.dtype == torch.float32
-        assert all(torch.equal(one, other) for one, other in zip(rest, same, strict=True))
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_grouped_images(data, vocab, batch_size):
-    """With `group_images`, a batch has each image once, and the index of each caption's image."""
-    loader = train_loader(
-        data, vocab, transform=transform, batch_size=batch_size, group_images=True
-    )
-    found = Counter()
-    for images, captions, lengths, image_index in loader:
-        numbers = numbers_of(images, data)
-        assert len(set(numbers)) == len(numbers) <= batch_size
-        assert set(image_index.tolist()) == set(range(len(numbers)))
-        assert lengths.tolist() == (captions != 0).sum(1).tolist()
-        found.update(
-            (numbers[i], vocab.decode(c)) for i, c in zip(image_index, captions, strict=True)
-        )
-    assert found == Counter((n, c) for n, texts in enumerate(CAPTIONS) for c in texts)
-
-
-def test_loss_of_grouped_images(data, vocab):
+def test_loss_of_grouped_images(data):
     """Grouping images changes neither the loss of an epoch nor its gradient."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        backbone="shufflenet_v2_x0_5",
-        image_size=64,
-        embed_size=8,
-        hidden_size=8,
-        dropout=0.0,
-        precision="float32",
-    )
-    model = CaptionModel(vocab.words, config, weights=None)
-    features = np.random.default_rng(0).normal(size=(12, 1, 1, model.encoder.feature_size))
-    features = features.astype(np.float32)
-    loss, results = TeacherForcing(model, precomputed=True), []
+    model, results = tiny_model(TEXTS), []
+    features = torch.randn(12, 1, model.encoder.cnn.feature_size)
+    dataset, loss = CaptionDataset(data, model.vocab, features=features), TeacherForcing(model)
     for group_images in (False, True):
-        loader = train_loader(
-            data, vocab, features=features, batch_size=5, group_images=group_images
-        )
-        nll, tokens = map(sum, zip(*(loss(*batch) for batch in loader), strict=True))
+        sums = [loss(batch) for batch in get_loader(dataset, "train", 5, group_images=group_images)]
+        nll, targets = (sum(of_batch[name] for of_batch in sums) for name in ("loss", "targets"))
         weights = [model.encoder.linear.weight, model.decoder.embedding.weight]
-        results.append([nll.detach(), tokens, *torch.autograd.grad(nll, weights)])
+        results.append([nll.detach(), targets, *torch.autograd.grad(nll, weights)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_mode(data, vocab):
     """An unknown mode is an error that lists the known ones."""
-    with pytest.raises(ValueError, match="'valid'.*train, val, test"):
-        get_loader(data, vocab, "valid", transform=transform)
-
-
-def test_random_view(data, vocab):
-    """Training draws each of an image's views; a batch of validation contains all of them."""
-    features = np.array([[[[n]], [[100 + n]]] for n in range(12)], np.float16)
-    loader = train_loader(data, vocab, features=features)
-    drawn = torch.cat([images for _ in range(20) for images, *_ in loader])
-    assert drawn.shape[1:] == (1, 1, 1)
-    assert set(drawn.flatten().tolist()) == {*range(12), *range(100, 112)}
-    images, *_ = next(iter(val_loader(data, vocab, features=features)))
-    torch.testing.assert_close(images[:, 1], images[:, 0] + 100)
-    assert set(images[:, 0].flatten().tolist()) == set(range(12))
-
-
-@pytest.mark.parametrize("group_images", [False, True])
-def test_random_crop(data, vocab, group_images):
-    """Training draws the views of the images and of their crops, all of them equally often."""
-    arrays = [
-        np.array([[[[n + 20 * v]] for v in (i, i + 1)] for n in range(12)], np.float16)
-        for i in (0, 2, 4)
-    ]
-    loader = train_loader(
-        data, vocab, features=arrays[0], crops=arrays[1:], group_images=group_images
-    )
-    torch.manual_seed(0)
-    counts = np.zeros((12, 6))
-    for _ in range(300):
-        for batch in loader:
-            rows = batch[3] if group_images else torch.arange(len(batch[1]))
-            assert batch[0].shape[1:] == (1, 1, 1)
-            for value in batch[0].flatten()[rows].int().tolist():
-                counts[value % 20, value // 20] += 1
-    captions = [len(of_image) for of_image in data.captions]
-    np.testing.assert_array_equal(counts.sum(1), np.multiply(300, captions))
-    np.testing.assert_allclose(counts / counts.sum(1, keepdims=True), 1 / 6, atol=0.1)
+    with pytest.raises(ValueError, match="'valid'.*train or val"):
+        get_loader(CaptionDataset(data, vocab, transform), "valid")

@@ -1,6 +1,5 @@
 """Hundreds of damaged files: each gives a correct result, or an error of one line."""
 
-import copy
 import io
 import json
 
@@ -9,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from captioning.base.checkpoints import load_safely
 from captioning.data.coco import CocoCaptions, DataError
 from captioning.data.images import BadImageError, load_image
-from captioning.learning.checkpoint import load_safely
-from data_loader import train_loader
+from data_loader import CaptionDataset, get_loader
 from vocabulary import Vocabulary
 
 IMAGES = CAPTIONS = 320  # damaged files of each kind
@@ -23,24 +22,33 @@ IMAGES = CAPTIONS = 320  # damaged files of each kind
 
 def damage(content: bytes, rng, others) -> bytes:
     """Truncate, flip bits, overwrite, delete, repeat, or insert a part of another file."""
-    content = bytearray(content)
     start, stop = sorted(rng.integers(0, len(content), 2))
-    kind = rng.integers(6)
-    if kind == 0:
-        del content[start:]
-    if kind == 1:
-        for index in rng.integers(0, len(content), rng.integers(1, 9)):
-            content[index] ^= 1 << rng.integers(8)
-    if kind == 2:
-        content[start : start + 4] = b"\xff\xff\xff\xff"[: len(content) - start]
-    if kind == 3:
-        del content[start:stop]
-    if kind == 4:
-        content[stop:stop] = content[start:stop]
-    if kind == 5:
-        other = others[rng.integers(len(others))]
-        content[start:stop] = other[start:stop]
-    return bytes(content)
+    flipped, other = bytearray(content), others[rng.integers(len(others))]
+    for index in rng.integers(0, len(content), rng.integers(1, 9)):
+        flipped[index] ^= 1 << rng.integers(8)
+    damaged = [
+        content[:start],
+        bytes(flipped),
+        content[:start] + b"\xff\xff\xff\xff" + content[start + 4 :],
+        content[:start] + content[stop:],
+        content[:stop] + content[start:],
+        content[:start] + other[start:stop] + content[stop:],
+    ]
+    return damaged[rng.integers(6)]
+
+
+def refusals(path, contents, use, error_class):
+    """Use files with each of the contents: how many were refused, with one line that names them."""
+    refused = 0
+    for number, content in enumerate(contents):
+        path.write_bytes(content)
+        try:
+            use(path)
+        except error_class as error:
+            refused += 1
+            text = str(error)
+            assert str(path) in text and len(text.splitlines()) == 1 and len(text) < 1000, number
+    return refused
 
 
 def valid_images():
@@ -49,22 +57,12 @@ def valid_images():
     image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[274] = 6  # orientation: rotated
-    kinds = [
-        ("JPEG", "RGB", {"exif": exif}),
-        ("JPEG", "RGB", {"progressive": True}),
-        ("JPEG", "L", {}),
-        ("JPEG", "CMYK", {}),
-        ("PNG", "RGB", {}),
-        ("PNG", "RGBA", {}),
-        ("PNG", "P", {}),
-        ("PNG", "I;16", {}),
-        ("PNG", "1", {}),
-        ("WEBP", "RGB", {}),
-        ("WEBP", "RGBA", {}),
-        ("WEBP", "RGB", {"lossless": True}),
-        ("GIF", "P", {}),
-        ("GIF", "P", {"save_all": True, "append_images": [image.rotate(90)]}),
-    ]
+    animation = {"save_all": True, "append_images": [image.rotate(90)]}
+    kinds = [("JPEG", "RGB", {"exif": exif}), ("JPEG", "RGB", {"progressive": True})]
+    kinds += [("WEBP", "RGB", {"lossless": True}), ("GIF", "P", animation)]
+    modes = {"JPEG": ("L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "I;16", "1")}
+    modes |= {"WEBP": ("RGB", "RGBA"), "GIF": ("P",)}
+    kinds += [(kind, mode, {}) for kind, of_kind in modes.items() for mode in of_kind]
     files = []
     for kind, mode, settings in kinds:
         file = io.BytesIO()
@@ -84,48 +82,25 @@ def test_valid_images(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about what it repairs
 def test_damaged_images(tmp_path):
     """A damaged image is read as upright RGB, or is an error of one line that names it."""
-    files, path = valid_images(), tmp_path / "image.jpg"
-    refused = 0
-    for number in range(IMAGES):
-        rng = np.random.default_rng(number)
-        path.write_bytes(damage(files[number % len(files)], rng, files))
-        try:
-            image = load_image(path, min_size=8)
-            assert image.mode == "RGB" and min(image.size) > 0, number
-            image.resize((8, 8))
-        except BadImageError as error:
-            refused += 1
-            assert str(path) in str(error) and len(str(error).splitlines()) == 1, number
+
+    def use(path):
+        image = load_image(path, min_size=8)
+        assert image.mode == "RGB" and min(image.size) > 0
+        image.resize((8, 8))
+
+    files = valid_images()
+    contents = (
+        damage(files[number % len(files)], np.random.default_rng(number), files)
+        for number in range(IMAGES)
+    )
+    refused = refusals(tmp_path / "image.jpg", contents, use, BadImageError)
     assert IMAGES / 4 < refused < IMAGES  # neither all nor none of them is unreadable
 
 
 # ---------------------------------------------------------------------------- captions
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1.5,
-    float("nan"),
-    float("inf"),
-    "",
-    " ",
-    "\0",
-    "..",
-    "../x.jpg",
-    "/etc/passwd",
-    "a" * 100_000,
-    "\ud800",
-    "\u202e",
-    "🐕",
-    [],
-    {},
-    [[]],
-    {"id": 1},
-    [None] * 3,
-]
+ODD = [None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "a" * 200, "\ud800", "\u202e"]
+ODD += ["", " ", "\0", "..", "../x.jpg", "/etc/passwd", "🐕", [], {}, [[]], {"id": 1}, [None] * 3]
 
 
 def positions(content):
@@ -143,7 +118,6 @@ def positions(content):
 
 def corrupt(content, rng):
     """Replace a few values of the document by odd ones, and delete some entries."""
-    content = copy.deepcopy(content)
     for _ in range(rng.integers(1, 4)):
         every = positions(content)
         container, key = every[rng.integers(len(every))]
@@ -154,31 +128,37 @@ def corrupt(content, rng):
     return json.dumps(content).encode()
 
 
-def use(dataset, file):
-    """What a run does with captions before it opens the first image."""
-    data = CocoCaptions(dataset / "images", file)
-    vocab = Vocabulary.build(data.all_captions, threshold=1)
-    vocab.save(dataset / "vocabulary.json")
-    assert Vocabulary.load(dataset / "vocabulary.json").words == vocab.words
-    loader = train_loader(data, vocab, features=np.zeros((len(data), 1, 3), np.float16))
-    assert sum(len(lengths) for _, _, lengths in loader) == len(data.all_captions)
-
-
 def test_damaged_captions(dataset):
-    """A damaged captions file is used completely, or is a short error that names it."""
+    """A damaged captions file is used completely, or is a short error that names it.
+
+    Used as a run does before it opens the first image.
+    """
+
+    def use(file):
+        data = CocoCaptions(dataset / "images", file)
+        vocab = Vocabulary.build(data.all_captions, threshold=1)
+        vocab.save(dataset / "vocabulary.json")
+        assert Vocabulary.load(dataset / "vocabulary.json").words == vocab.words
+        loader = get_loader(CaptionDataset(data, vocab, features=torch.zeros(len(data), 1, 3)))
+        assert sum(len(batch.lengths) for batch in loader) == len(data.all_captions)
+
     whole = (dataset / "captions.json").read_bytes()
-    content, file, refused = json.loads(whole), dataset / "damaged.json", 0
-    for number in range(CAPTIONS):
-        rng = np.random.default_rng(number)
-        damaged = corrupt(content, rng) if number % 2 else damage(whole, rng, [whole[::-1]])
-        file.write_bytes(damaged)
-        try:
-            use(dataset, file)
-        except DataError as error:
-            refused += 1
-            assert str(file) in str(error) or "image" in str(error), number
-            assert len(str(error).splitlines()) == 1 and len(str(error)) < 1000, number
+    contents = (
+        corrupt(json.loads(whole), rng) if number % 2 else damage(whole, rng, [whole[::-1]])
+        for number in range(CAPTIONS)
+        for rng in [np.random.default_rng(number)]
+    )
+    refused = refusals(dataset / "damaged.json", contents, use, DataError)
     assert CAPTIONS / 4 < refused < CAPTIONS
+
+
+@pytest.mark.xfail(strict=True, reason="Path.is_symlink raises an OSError; os.path.islink does not")
+def test_file_name_that_is_too_long(dataset):
+    """A file name that no file system allows is an unreadable image, or a short error."""
+    content = json.loads((dataset / "captions.json").read_text())
+    content["images"][3]["file_name"] = "a" * 1000
+    (dataset / "captions.json").write_text(json.dumps(content))
+    CocoCaptions(dataset / "images", dataset / "captions.json")
 
 
 @pytest.mark.parametrize(
@@ -197,37 +177,33 @@ def test_json_that_breaks_parsers(dataset, text):
 # ---------------------------------------------------------------------------- checkpoints
 
 
+def damaged(whole):
+    return (damage(whole, np.random.default_rng(number), [whole[::-1]]) for number in range(200))
+
+
 def test_damaged_checkpoints(tmp_path):
     """A damaged checkpoint is an error that names it, or its content is unchanged.
 
     Not every byte of the file has a meaning; checksums cover those that do.
     """
-    weights = {"weight": torch.arange(400.0), "words": ["<pad>", "<start>"]}
-    torch.save(weights, tmp_path / "whole.pt")
-    whole, path, refused = (tmp_path / "whole.pt").read_bytes(), tmp_path / "damaged.pt", 0
-    for number in range(200):
-        path.write_bytes(damage(whole, np.random.default_rng(number), [whole[::-1]]))
-        try:
-            loaded = load_safely(path)
-            assert torch.equal(loaded["weight"], weights["weight"]), number
-            assert loaded["words"] == weights["words"], number
-        except ValueError as error:
-            refused += 1
-            assert str(error).startswith(str(path)), number
-    assert refused > 100
+
+    def use(path):
+        loaded = load_safely(path)
+        assert torch.equal(loaded["weight"], weights["weight"])
+        assert loaded["words"] == weights["words"]
+
+    path, weights = tmp_path / "x.pt", {"weight": torch.arange(400.0), "words": ["<pad>"]}
+    torch.save(weights, path)
+    assert refusals(path, damaged(path.read_bytes()), use, ValueError) > 100
 
 
 def test_damaged_vocabularies(tmp_path):
     """A damaged vocabulary is an error of one line that names it, or still a vocabulary."""
+
+    def use(path):
+        vocab = Vocabulary.load(path)
+        assert vocab.decode(vocab.encode("a dog")) is not None and len(vocab) >= 4
+
     path = tmp_path / "vocabulary.json"
     Vocabulary.build(["a dog and a cat", "the old red bus"], threshold=1).save(path)
-    whole, refused = path.read_bytes(), 0
-    for number in range(200):
-        path.write_bytes(damage(whole, np.random.default_rng(number), [whole[::-1]]))
-        try:
-            vocab = Vocabulary.load(path)
-            assert vocab.decode(vocab.encode("a dog")) is not None and len(vocab) >= 4, number
-        except ValueError as error:
-            refused += 1
-            assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1, number
-    assert refused > 100
+    assert refusals(path, damaged(path.read_bytes()), use, ValueError) > 100

@@ -13,11 +13,14 @@ from conftest import MakeFolder, calibrated_weights, supported
 from naive import NaiveAttentionDecoder, NaiveDecoder
 from PIL import Image
 
+from captioning.base.checkpoints import export, load_safely, save
 from captioning.data.images import BadImageError
-from captioning.learning.checkpoint import export, load_safely, save
 from captioning.learning.losses import TeacherForcing
-from captioning.networks.layers import BatchNorm, Dropout
-from model import INJECT_MODES, CaptionModel, DecoderRNN, ModelConfig
+from captioning.networks.config import INJECT
+from captioning.networks.layers import BatchNorm
+from data_loader import Batch
+from model import CaptionModel, DecoderRNN, EncoderCNN, ModelConfig
+from vocabulary import Vocabulary
 
 WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
 # <start> w1 .. wn <end> <pad> .., of different lengths
@@ -35,8 +38,7 @@ def tiny_model(**changes):
         "precision": "float32",
     }
     settings |= changes
-    weights = None if settings["backbone"].startswith("quantized") else calibrated_weights()
-    return CaptionModel(WORDS, ModelConfig(**settings), weights)
+    return CaptionModel(Vocabulary(WORDS, 5), ModelConfig(**settings), calibrated_weights())
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +55,16 @@ def overfitted(photos, **changes):
     captions = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
     with torch.no_grad():
         images = torch.stack([model.transform(photo) for photo in photos])
-        features = model.encoder.forward_features(images)
-    loss = TeacherForcing(model, precomputed=True)
+        features = model.encoder.cnn(images)
+    loss = TeacherForcing(model)
+    batch = Batch(None, captions, None, torch.arange(len(captions)), features)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     for _ in range(100):
-        nll, tokens = loss(features, captions)
-        (nll / tokens).backward()
+        sums = loss(batch)
+        (sums["loss"] / sums["targets"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), nll.item() / tokens.item()
+    return model.eval(), (sums["loss"] / sums["targets"]).item()
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -82,7 +85,7 @@ def model(photos, precision):
 # ---------------------------------------------------------------------------- decoder
 
 architectures = pytest.mark.parametrize(
-    "inject, num_layers", [(inject, layers) for inject in INJECT_MODES for layers in (1, 2)]
+    "inject, num_layers", [(inject, layers) for inject in INJECT for layers in (1, 2)]
 )
 
 
@@ -109,16 +112,18 @@ def test_teacher_forcing(inject, num_layers):
         np.testing.assert_allclose(row, naive.teacher_forcing(feature, caption), atol=1e-5)
 
 
-def test_logits_at_positions():
-    """With `positions`, the logits are those rows of all the logits, in that order."""
+def test_predictions_by_index():
+    """`image_index` selects the image of each caption, and `targets` rows of all the logits."""
     torch.manual_seed(2)
     decoder = DecoderRNN(5, 6, vocab_size=9).eval()
-    features, positions = torch.randn(3, 5), torch.tensor([14, 0, 7, 7, 3])
-    logits = decoder(features, CAPTIONS).flatten(0, 1)
-    torch.testing.assert_close(decoder(features, CAPTIONS, positions), logits[positions])
+    features, targets = torch.randn(3, 5), torch.tensor([14, 0, 7, 7, 3])
+    index = torch.tensor([2, 0, 2])
+    logits = decoder(features[index], CAPTIONS).flatten(0, 1)
+    found = decoder.predict(features, CAPTIONS, index, targets)
+    torch.testing.assert_close(found, logits[targets])
 
 
-@pytest.mark.parametrize("inject", INJECT_MODES)
+@pytest.mark.parametrize("inject", INJECT)
 def test_image_reaches_every_word(inject):
     """The logits of the first and of the last word depend on the image."""
     torch.manual_seed(4)
@@ -131,11 +136,11 @@ def test_image_reaches_every_word(inject):
 
 def test_unknown_inject():
     """An unknown `inject` is an error that names the choices."""
-    with pytest.raises(ValueError, match="'post'.*pre.*par.*init"):
+    with pytest.raises(ValueError, match="'post'.*par, pre, init"):
         DecoderRNN(5, 6, 9, inject="post")
 
 
-@pytest.mark.parametrize("inject", INJECT_MODES)
+@pytest.mark.parametrize("inject", INJECT)
 def test_overfit_one_batch(photos, inject, precision):
     """A model trained on one caption per photo generates exactly these, with any beam.
 
@@ -145,34 +150,6 @@ def test_overfit_one_batch(photos, inject, precision):
     assert loss < 0.05
     for beam_size in (1, 3):
         assert model.caption(photos, beam_size=beam_size) == LEARNED
-
-
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
-def test_dropout(p):
-    """A fraction p of the elements, rounded to 1/256, becomes 0; scaling preserves the mean.
-
-    The tolerances are 6 standard deviations.
-    """
-    torch.manual_seed(0)
-    x = torch.ones(400, 250, requires_grad=True)
-    y = Dropout(p)(x)
-    rounded = round(256 * p) / 256
-    deviation = 6 * (rounded * (1 - rounded) / x.numel()) ** 0.5
-    assert abs((y == 0).float().mean().item() - rounded) < deviation
-    assert abs(y.mean().item() - 1) < deviation / (1 - rounded)
-    torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - rounded)]))
-    y.sum().backward()
-    assert torch.equal(x.grad, y)
-    torch.manual_seed(0)
-    assert torch.equal(Dropout(p)(x), y)
-    assert not torch.equal(Dropout(p)(x), y)
-
-
-@pytest.mark.parametrize("p, training, kept", [(0.5, False, 1), (0.0, True, 1), (1.0, True, 0)])
-def test_dropout_of_nothing_or_all(p, training, kept):
-    """Dropout is the identity in eval mode and for p = 0, and drops everything for p = 1."""
-    x = torch.randn(7, 3)
-    assert torch.equal(Dropout(p).train(training)(x), kept * x)
 
 
 def test_batch_norm():
@@ -211,22 +188,6 @@ def test_checkpoint_round_trip(checkpoint, model, photos):
     assert loaded.config == model.config and not loaded.training
 
 
-def test_old_checkpoint(photos, tmp_path):
-    """A checkpoint in the first format, with other option names, is loaded and exported."""
-    model, _ = overfitted(tuple(photos), flip=True)
-    content = model.checkpoint()
-    config = content["config"] | {"words": content.pop("words"), "mirror": True, "blind": False}
-    content["config"] = {
-        k: v for k, v in config.items() if k not in ("flip", "no_image", "precision")
-    }
-    torch.save(content, tmp_path / "old.pt")
-    export(tmp_path / "old.pt", tmp_path / "small.pt")
-    for name in ("old.pt", "small.pt"):
-        loaded = CaptionModel.from_checkpoint(tmp_path / name, precision="float32")
-        assert loaded.config == model.config
-        assert loaded.caption(photos) == LEARNED
-
-
 def test_export(checkpoint, photos, tmp_path):
     """An exported model is half as large, and its captions are the same.
 
@@ -239,22 +200,10 @@ def test_export(checkpoint, photos, tmp_path):
     assert ratio < 0.58
     assert CaptionModel.from_checkpoint(tmp_path / "small.pt").caption(photos) == LEARNED
     content = torch.load(tmp_path / "small.pt")
-    assert content.keys() == {"config", "words", "model", "history", "card"}
+    names = {"format", "config", "words", "threshold", "model", "history", "card"}
+    assert content.keys() == names and content["threshold"] == 5
     halved = {name for name, t in content["model"].items() if t.dtype == torch.float16}
     assert halved == {name for name, t in training["model"].items() if t.dim() > 1}
-
-
-def test_quantized_checkpoint(tmp_path):
-    """A checkpoint contains the weights of an int8 CNN, which exporting does not change."""
-    torch.manual_seed(0)
-    model = tiny_model(backbone="quantized_shufflenet_v2_x0_5").eval()
-    save(model.checkpoint(), tmp_path / "best.pt")
-    export(tmp_path / "best.pt", tmp_path / "small.pt")
-    images = torch.rand(2, 3, 64, 64)
-    for name in ("best.pt", "small.pt"):
-        torch.manual_seed(1)  # for the weights that are replaced
-        encoder = CaptionModel.from_checkpoint(tmp_path / name).encoder
-        assert torch.equal(encoder.forward_features(images), model.encoder.forward_features(images))
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 0.5, -1])
@@ -284,37 +233,41 @@ def test_checkpoint_with_code(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"config": None},
-        {"config": {"backbone": "resnet51"}},
-        {"config": {"colour": "red"}},
-        {"words": None},
-        {"words": ["a", "cat"]},
-        {"model": None},
-        {"model": {}},
-        {"model": {"encoder.linear.weight": torch.zeros(2, 2)}},
-    ],
-    ids=str,
-)
-def test_checkpoint_of_another_model(checkpoint, tmp_path, change):
-    """A PyTorch file with other content is an error that names it."""
-    torch.save({**torch.load(checkpoint), **change}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt is not a checkpoint of this model"):
-        CaptionModel.from_checkpoint(tmp_path / "other.pt")
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
-@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {}, {"config": 1, "model": 2}], ids=str)
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {}, {"model": 2}], ids=str)
 def test_neither_loaded_nor_exported(tmp_path, content):
-    """Both loading and exporting refuse a file that is not a checkpoint."""
+    """Both loading and exporting refuse a file that is not a checkpoint, by its name."""
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt is not a checkpoint"):
         CaptionModel.from_checkpoint(tmp_path / "other.pt")
     with pytest.raises(ValueError, match="other.pt is not a checkpoint"):
         export(tmp_path / "other.pt", tmp_path / "small.pt")
     assert not (tmp_path / "small.pt").exists()
+
+
+def test_checkpoint_of_another_version(checkpoint, tmp_path):
+    """A checkpoint of another format, or without one, is refused in one sentence."""
+    for format in (1, None):
+        content = torch.load(checkpoint) | {"format": format}
+        torch.save(content, tmp_path / "old.pt")
+        with pytest.raises(ValueError, match=r"^\S+old.pt is a checkpoint of another version.+$"):
+            CaptionModel.from_checkpoint(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"config": {"backbone": "resnet51"}}, ValueError, "unknown backbone 'resnet51'"),
+        ({"config": {"colour": "red"}}, TypeError, "colour"),
+        ({"words": ["a", "cat"]}, ValueError, "a vocabulary starts with"),
+        ({"model": {}}, RuntimeError, "Missing key"),
+    ],
+    ids=str,
+)
+def test_errors_of_constructors(checkpoint, tmp_path, change, error, message):
+    """An error in a constructor is not renamed: it says what is wrong."""
+    torch.save({**torch.load(checkpoint), **change}, tmp_path / "other.pt")
+    with pytest.raises(error, match=message):
+        CaptionModel.from_checkpoint(tmp_path / "other.pt")
 
 
 def test_no_checkpoint(tmp_path):
@@ -349,15 +302,15 @@ def test_caption_by_hand(model, photos):
     by_hand = [[model.vocab.decode(ids) for ids in row] for row in decoded.tokens]
     assert model.caption(photos, n_best=2) == by_hand
     assert [best for best, _ in by_hand] == LEARNED
-    features = model.encoder.forward_features(images)
-    assert model.decode(model.generate(features, precomputed=True)) == LEARNED
+    features = model.encoder.cnn(images)
+    assert model.decode(model.generate(features=features)) == [[text] for text in LEARNED]
 
 
 def test_attention_maps(model, photos):
     """A map for each word of a caption and none for `<end>`: a square, where the positions are."""
     attend = tiny_model(inject="attend").eval()
     torch.manual_seed(0)
-    for weight in (*attend.decoder.parameters(), attend.encoder.linear.weight):
+    for weight in attend.decoder.parameters():
         torch.nn.init.normal_(weight)  # large, so that the maps of different words differ
     captions, maps = attend.caption(photos, max_len=7, return_attention=True)
     assert captions == attend.caption(photos, max_len=7)
@@ -372,7 +325,7 @@ def test_attention_maps(model, photos):
             _, state, expected = naive.step(token, state, image)
             np.testing.assert_allclose(found.flatten(), expected, atol=1e-4)
     assert max(np.ptp(weights, axis=0).max() for weights in maps if len(weights)) > 0.5
-    row = attend.attention_maps(decoded._replace(attention=decoded.attention[:, :, :3]))[0]
+    row = decoded._replace(attention=decoded.attention[..., :3]).attention_maps()[0]
     assert row.shape == (len(captions[0].split()), 3)
     with pytest.raises(ValueError, match="--inject attend"):
         model.caption(photos, return_attention=True)
@@ -412,3 +365,19 @@ def test_caption_keeps_the_mode(photos, tmp_path, training):
     with pytest.raises(BadImageError, match="nothing.jpg: there is no such file"):
         model.caption(tmp_path / "nothing.jpg")
     assert model.training == model.decoder.training == training
+
+
+@pytest.mark.parametrize("inject", ["par", "attend"])
+def test_own_network(tmp_path, inject):
+    """A module of one's own serves as the CNN, and its checkpoint is loaded with it."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 5, 3, stride=16), torch.nn.AdaptiveAvgPool2d(1)]
+    network = torch.nn.Sequential(*layers, torch.nn.Flatten()) if inject == "par" else layers[0]
+    config = ModelConfig(backbone="mine", image_size=64, embed_size=8, inject=inject)
+    model = CaptionModel(Vocabulary(WORDS), config, weights=None, backbone=network)
+    image = Image.effect_noise((64, 64), 50)
+    save(model.checkpoint(), tmp_path / "best.pt")
+    other = deepcopy(network).apply(lambda m: m.reset_parameters() if hasattr(m, "bias") else None)
+    loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt", backbone=other)
+    assert loaded.caption(image) == model.caption(image)
+    assert EncoderCNN(8, network, pooled=inject == "par").cnn.feature_size == 5

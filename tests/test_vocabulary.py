@@ -1,15 +1,12 @@
-"""Tokenization, the vocabulary, and the cache of tokenized captions."""
+"""Tokenization and the vocabulary."""
 
 import json
 import unicodedata
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data_loader
-from data_loader import tokenize_all
 from vocabulary import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
@@ -45,17 +42,13 @@ CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
         ("a dog_house", "a dog house"),
         ("a  dog\n\truns ", "a dog runs"),
         ("<start> a dog <end>", "start a dog end"),
+        ("हिन्दी, i̇stanbul, naïve. собака", "हिन्दी i̇stanbul naïve собака"),
+        ("... - ' \u2014\n", ""),
     ],
 )
 def test_punctuation(caption, words):
     """Words are lower case and contain inner hyphens and apostrophes; all else separates them."""
     assert " ".join(tokenize(caption)) == words
-
-
-@pytest.mark.parametrize("caption", ["", " ", "...", "- ' \u2014", "\n"])
-def test_no_words(caption):
-    """A caption without letters and digits has no words."""
-    assert tokenize(caption) == []
 
 
 @given(st.text())
@@ -72,12 +65,6 @@ def test_composed_and_decomposed_accents(caption):
     """The words do not depend on whether accents are composed or combining characters."""
     composed, decomposed = (unicodedata.normalize(form, caption) for form in ("NFC", "NFD"))
     assert tokenize(composed) == tokenize(decomposed)
-
-
-@pytest.mark.parametrize("word", ["हिन्दी", "i̇stanbul", "naïve", "собака"])
-def test_words_of_all_scripts(word):
-    """Combining marks do not split a word, in any script."""
-    assert tokenize(f"{word}, {word}.") == [word, word]
 
 
 @given(st.text())
@@ -108,20 +95,16 @@ def test_build_ignores_the_order_of_captions(captions):
 
 
 def test_threshold():
-    """A word belongs to the vocabulary if it occurs `threshold` times or more."""
-    assert Vocabulary.build(CAPTIONS, threshold=3).words[4:] == ["a", "dog"]
+    """A word belongs to the vocabulary if it occurs `threshold` times or more; others are <unk>."""
+    vocab = Vocabulary.build(CAPTIONS, threshold=3)
+    assert vocab.words[4:] == ["a", "dog"] and vocab.threshold == 3
+    assert vocab.encode("a giraffe") == [START, vocab("a"), UNK, END]
 
 
 def test_threshold_too_high():
     """A threshold that leaves no word is an error that says so."""
     with pytest.raises(ValueError, match="empty.*lower the minimum word frequency"):
         Vocabulary.build(CAPTIONS, threshold=1000)
-
-
-def test_unknown_words():
-    """A word outside the vocabulary is encoded as `<unk>`."""
-    vocab = Vocabulary.build(CAPTIONS, threshold=3)
-    assert vocab.encode("a giraffe") == [1, vocab("a"), 3, 2]
 
 
 def test_encode_frames_a_caption():
@@ -155,10 +138,20 @@ def test_round_trip(words):
 
 def test_save_and_load(tmp_path):
     """A loaded vocabulary has the words, order and threshold of the saved one, in any script."""
-    vocab = Vocabulary.build(["caf\u00e9 \u0441\u043e\u0431\u0430\u043a\u0430 \u72ac"], threshold=1)
+    vocab = Vocabulary.build(
+        ["caf\u00e9 \u0441\u043e\u0431\u0430\u043a\u0430 \u72ac"] * 3, threshold=3
+    )
     vocab.save(tmp_path / "v.json")
     loaded = Vocabulary.load(tmp_path / "v.json")
-    assert (loaded.words, loaded.threshold) == (vocab.words, 1)
+    assert (loaded.words, loaded.threshold) == (vocab.words, 3)
+
+
+def test_extended():
+    """Old words keep their indices; new ones follow, by count and alphabet, if frequent enough."""
+    vocab = Vocabulary([*SPECIAL_TOKENS, "dog", "a"])
+    extended = vocab.extended({"a": 9, "cat": 2, "bus": 2, "red": 5, "old": 1}, threshold=2)
+    assert extended.words == [*SPECIAL_TOKENS, "dog", "a", "red", "bus", "cat"]
+    assert vocab.extended({"dog": 9, "old": 1}, threshold=2).words == vocab.words
 
 
 def test_load_without_a_file(tmp_path):
@@ -199,63 +192,3 @@ def test_load_damaged_file(tmp_path, content):
     (tmp_path / "v.json").write_bytes(content)
     with pytest.raises(ValueError, match="v.json is not a vocabulary"):
         Vocabulary.load(tmp_path / "v.json")
-
-
-# ---------------------------------------------------------------------------- tokenized captions
-
-MANY = ["A dog runs.", "", "a dog's ball", "?!", "the old red bus"]
-
-
-@pytest.fixture(params=["computed", "cached"])
-def tokenized(request, tmp_path, monkeypatch):
-    """MANY tokenized, or loaded from the cache when they can no longer be tokenized."""
-    if request.param == "cached":
-        tokenize_all(MANY, tmp_path)
-        monkeypatch.setattr(data_loader, "tokenize", None)
-    return tokenize_all(MANY, tmp_path if request.param == "cached" else None)
-
-
-def test_encode_tokenized(tokenized):
-    """Tokenized captions are encoded as each of them is by `Vocabulary.encode`."""
-    vocab = Vocabulary.build(["a dog", "the dog's bus"], threshold=1)
-    ids, lengths = tokenized.encode(vocab)
-    expected = [vocab.encode(caption) for caption in MANY]
-    assert lengths.tolist() == [len(ids) for ids in expected]
-    assert ids.tolist() == [index for ids in expected for index in ids]
-
-
-@pytest.mark.parametrize("threshold", [1, 2])
-def test_vocabulary_from_counts(tokenized, threshold):
-    """The counts of tokenized captions give the vocabulary of the captions."""
-    words = Vocabulary.from_counts(tokenized.counts(), threshold).words
-    assert words == Vocabulary.build(MANY, threshold).words
-
-
-def test_tokenized_without_words(tmp_path):
-    """Captions without a single word can be tokenized, kept and loaded."""
-    for _ in range(2):
-        tokenized = tokenize_all(["", "?"], tmp_path)
-        assert tokenized.counts() == {} and tokenized.lengths.tolist() == [0, 0]
-
-
-def test_cache_of_other_captions(tmp_path):
-    """Cached captions are not used in place of others with the same words."""
-    tokenize_all(["a dog", "a cat"], tmp_path)
-    assert tokenize_all(["a dog a", "cat"], tmp_path).lengths.tolist() == [3, 1]
-
-
-@pytest.mark.parametrize("damage", ["a byte", "truncated", "empty", "text"])
-def test_damaged_cache(tmp_path, damage):
-    """A damaged cache file is replaced."""
-    right = tokenize_all(MANY, tmp_path)
-    (path,) = tmp_path.iterdir()
-    content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[content.index(b"NUMPY") + 150] ^= 1
-    damaged = {"a byte": flipped, "truncated": content[:-40], "empty": b"", "text": b"words"}
-    path.write_bytes(damaged[damage])
-    again = tokenize_all(MANY, tmp_path)
-    assert again.words == right.words
-    np.testing.assert_array_equal(again.ids, right.ids)
-    np.testing.assert_array_equal(again.lengths, right.lengths)
-    assert list(tmp_path.iterdir()) == [path] and path.stat().st_size == len(content)

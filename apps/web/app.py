@@ -1,15 +1,13 @@
 """A page in the browser that captions photos.
 
-    pip install -r requirements.txt -r requirements-app.txt
-    python app.py --checkpoint photo_captioner.pt     # opens http://127.0.0.1:7860
+    pip install -r requirements.txt -r apps/web/requirements.txt
+    python apps/web/app.py                                # opens http://127.0.0.1:7860
 
 The page makes no request to any other server, and no file of the server can be read: photos travel
-inside the page (describe.py), and guard.py rejects every request that the page does not make.
+inside the page (describe.py), and guard.py refuses every request that the page does not make.
 """
 
 import argparse
-import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -17,115 +15,73 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from PIL import ImageOps
 
-from apps.web.describe import (
-    BEAM,
-    MAX_BEAM_SIZE,
-    MAX_PHOTOS,
-    SAMPLING,
-    TEMPERATURES,
-    cards,
-    data_url,
-    escape,
-)
-from apps.web.guard import Guard, delete_old_files
-from captioning.data.images import load_image
-from model import PRETRAINED, CaptionModel
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))  # so that the program runs from any folder
+try:
+    import gradio as gr
+    from starlette.middleware import Middleware
 
-ROOT = Path(__file__).resolve().parents[2]
+    from apps.web.describe import BEAM, MAX_PHOTOS, SAMPLING, cards, data_url, escape
+    from apps.web.guard import Guard, delete_old_files
+    from captioning.data.images import load_image
+    from model import PRETRAINED, CaptionModel
+except ImportError as error:
+    raise SystemExit(f"error: {error}; pip install -r {HERE / 'requirements.txt'}") from None
+
 MAX_FILE_BYTES = 20 * 2**20
-MAX_STORED_BYTES = 2**30  # of all uploads together
 KEPT_SECONDS = 600  # an upload is deleted after this time
-AT_ONCE, QUEUED = 2, 32  # requests that are answered at the same time; that wait
-SESSIONS = 100  # whose last results Gradio keeps in memory, about 150 KB per photo
 
 
 def page(model, examples=()):
     """The page as `gradio.Blocks`; `examples` are files on the server that it offers."""
-    import gradio as gr  # not a requirement of this module's other functions
-
-    buttons = [
-        f'<button data-index="{index}" aria-label="Example {index + 1}">'
-        f'<img src="{data_url(ImageOps.fit(load_image(path, 152), (152, 152)))}" alt=""></button>'
-        for index, path in enumerate(examples)
-    ]
-    with gr.Blocks(title="Photo captioner", analytics_enabled=False) as blocks:
+    limits = {"concurrency_id": "model", "concurrency_limit": 2}  # requests answered at once
+    hint = f"Drop or paste photos (up to {MAX_PHOTOS})"
+    with gr.Blocks(title="Photo captioner") as blocks:
         gr.HTML(f"<h1>Photo captioner</h1><p>{escape(model.card['summary'])}</p>", elem_id="title")
-        uploaded = gr.State([])  # paths; a client cannot change a state
-        photos = gr.File(
-            label=f"Drop or paste photos (up to {MAX_PHOTOS})",
-            elem_id="photos",
-            file_count="multiple",
-            file_types=["image"],
-            height=140,
-        )
-        chosen = gr.HTML(
-            f'<div class="examples">{"".join(buttons)}</div>',
-            elem_id="examples",
-            js_on_load=CHOOSE,
-            visible=bool(buttons),
-        )
+        shown = gr.State([])  # paths of the photos; a client cannot change a state
+        accepted = {"file_count": "multiple", "file_types": ["image"]}
+        photos = gr.File(label=hint, height=140, elem_id="photos", **accepted)
+        with gr.Row(elem_id="examples"):
+            pictures = [gr.HTML(example(path)) for path in examples]
         with gr.Row():
             method = gr.Radio([BEAM, SAMPLING], value=BEAM, label="Decoding", min_width=280)
-            beam_size = gr.Slider(1, MAX_BEAM_SIZE, 5, step=1, label="Beam size", elem_id="beam")
-            temperature = gr.Slider(
-                *TEMPERATURES,
-                1.0,
-                step=0.1,
-                label="Temperature",
-                elem_id="temperature",
-                visible=False,
-            )
+            beam = gr.Slider(1, 10, 5, step=1, label="Beam size", elem_id="beam")
+            heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature", visible=False)
         results = gr.HTML(elem_id="results")
-        options = [method, beam_size, temperature]
+        options = [method, beam, heat]
 
         def caption(paths, method, beam_size, temperature):
-            beam_size = int(beam_size)  # a client can send any number
-            return cards(model, paths, method=method, beam_size=beam_size, temperature=temperature)
+            return cards(model, paths, method, int(beam_size), temperature)  # a client can send 2.5
 
-        def upload(paths, *values):
-            return None, paths or [], caption(paths or [], *values)
+        def add(paths, *options):
+            return None, paths, caption(paths, *options)
 
-        def choose(event: gr.EventData, *values):
-            index = event._data.get("index") if isinstance(event._data, dict) else None
-            valid = isinstance(index, int) and 0 <= index < len(examples)
-            paths = [examples[index]] if valid else []
-            return paths, caption(paths, *values)
+        def show(method):
+            return gr.update(visible=method == BEAM), gr.update(visible=method == SAMPLING)
 
-        def show(value):
-            return gr.update(visible=value == BEAM), gr.update(visible=value == SAMPLING)
-
-        shared = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
-        again = {**shared, "trigger_mode": "always_last"}
-        photos.upload(upload, [photos, *options], [photos, uploaded, results], **shared)
-        chosen.click(choose, options, [uploaded, results], **shared)
-        method.change(show, method, [beam_size, temperature])
-        for change in (method.change, beam_size.change, temperature.change):
-            change(caption, [uploaded, *options], results, **again)
-    return blocks.queue(max_size=QUEUED)
+        photos.upload(add, [photos, *options], [photos, shown, results], **limits)
+        for path, picture in zip(examples, pictures, strict=True):
+            picture.click(partial(add, [path]), options, [photos, shown, results], **limits)
+        for option in options:
+            option.change(caption, [shown, *options], results, trigger_mode="always_last", **limits)
+        method.change(show, method, [beam, heat])
+    return blocks.queue(max_size=32)
 
 
-CHOOSE = """element.addEventListener("click", event => {
-    const button = event.target.closest("[data-index]");
-    if (button) trigger("click", {index: Number(button.dataset.index)});
-});"""
-
-# Pasted photos go the way of chosen ones.
-PASTE = """document.addEventListener("paste", event => {
-    const files = event.clipboardData.files, data = new DataTransfer();
-    const input = document.querySelector("#photos input[type=file]");
-    if (!files.length || !input) return;
-    for (const file of files) data.items.add(file);
-    input.files = data.files;
-    input.dispatchEvent(new Event("change", {bubbles: true}));
-});"""
+def example(path) -> str:
+    """HTML of an example photo, as a button."""
+    picture = data_url(ImageOps.fit(load_image(path, 152), (152, 152)))
+    return f'<button aria-label="Example {path.stem}"><img src="{picture}" alt=""></button>'
 
 
 def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
-    """Start the server in the background; uploads go to `folder`. Returns (blocks, address).
+    """Start the server in the background; uploads go to `folder`. Returns the `gradio.Blocks`.
 
     Raises OSError if the port is taken.
     """
@@ -134,32 +90,23 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
     except OSError as error:
         raise OSError(f"port {port} of {host}: {error.strerror}; choose another --port") from None
     os.environ.update(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED="False")
-    import gradio as gr
-    from starlette.middleware import Middleware
-
     blocks = page(model, examples)
-    limits = {"max_upload": MAX_PHOTOS * MAX_FILE_BYTES + 2**20, "max_stored": MAX_STORED_BYTES}
-    address = blocks.launch(
+    blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
         quiet=True,
         prevent_thread_lock=True,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        run_history=False,
-        enable_monitoring=False,
+        ssr_mode=False,  # no second server in Node.js
+        run_history=False,  # the browser stores no photos
         footer_links=[],
-        allowed_paths=[],
-        blocked_paths=[str(ROOT)],
-        state_session_capacity=SESSIONS,
+        state_session_capacity=100,  # each keeps its last results, about 150 KB per photo
         max_file_size=MAX_FILE_BYTES,
-        css_paths=Path(__file__).with_name("app.css"),
-        head=f"<script>{PASTE}</script>",
+        css_paths=HERE / "app.css",
+        head=f"<script>{(HERE / 'app.js').read_text()}</script>",
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),
-        app_kwargs={"middleware": [Middleware(Guard, folder=folder, **limits)]},
-    )[1]
+        app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
+    )
 
     def delete_uploads():
         while blocks.is_running:
@@ -167,13 +114,7 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
             time.sleep(KEPT_SECONDS / 20)
 
     threading.Thread(target=delete_uploads, daemon=True).start()
-    return blocks, address
-
-
-def limit_arenas(count=2):
-    """Limit the memory that glibc keeps after use: by default an arena per thread, of many."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-8, count)  # M_ARENA_MAX
+    return blocks
 
 
 def main(arguments=None) -> int:
@@ -182,18 +123,14 @@ def main(arguments=None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(arguments)
-    limit_arenas()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted
     try:
         model = CaptionModel.from_checkpoint(options.checkpoint)
-        examples = sorted((ROOT / "photos").glob("*.jpg"))
         with tempfile.TemporaryDirectory(prefix="captions-") as folder:
-            blocks, address = serve(model, folder, options.host, options.port, examples)
-            print(f"Photo captioner: {address} (Ctrl+C stops it)", flush=True)
+            examples = sorted((ROOT / "photos").glob("*.jpg"))
+            blocks = serve(model, folder, options.host, options.port, examples)
+            print(f"Photo captioner: {blocks.local_url} (Ctrl+C stops it)", flush=True)
             blocks.block_thread()
-    except ImportError as error:
-        print(f"error: {error}; pip install -r requirements-app.txt", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -15,7 +15,7 @@ import torch
 from captioning.base.files import atomic_write
 
 FORMAT = 2  # of checkpoints of a model; increase it when older ones cannot be loaded any more
-CONTENT = ("config", "words", "threshold", "model", "card")
+CONTENT = {"config": dict, "words": list, "threshold": int, "model": dict, "card": dict}
 
 
 def save(checkpoint: dict, path):
@@ -53,12 +53,16 @@ def load_checkpoint(path) -> dict:
     checkpoint = load_safely(path)
     if not isinstance(checkpoint, dict) or "config" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of a captioning model, such as best.pt")
-    missing = [name for name in CONTENT if name not in checkpoint]
-    if checkpoint.get("format") != FORMAT or missing:
+    if checkpoint.get("format") != FORMAT or not checkpoint.keys() >= CONTENT.keys():
         raise ValueError(
             f"{path} is a checkpoint of another version of this project: load it with that "
             "version, or train the model again"
         )
+    for name, kind in CONTENT.items():
+        if not isinstance(checkpoint[name], kind):
+            raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
+    if not isinstance(checkpoint["card"].get("summary"), str):
+        raise ValueError(f"{path} is damaged: its card has no summary")
     return checkpoint
 
 

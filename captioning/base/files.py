@@ -12,10 +12,7 @@ import errno
 import os
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
@@ -54,41 +51,30 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-@contextlib.contextmanager
-def file_lock(path, wait=True):
-    """Hold an exclusive lock on `path`, which is created if necessary.
+def acquire_lock(path, wait=True) -> FileLock:
+    """An exclusive lock on `path`, held until its `release()` or the end of the process.
 
-    The operating system releases it when the process ends, however it ends. With `wait=False`,
-    raises BlockingIOError if another process holds the lock.
+    With `wait=False`, raises TimeoutError if another process holds it.
     """
-    with open(path, "w") as file:
-        if not _try_lock(file):
-            if not wait:
-                raise BlockingIOError(f"{path} is locked by another process")
-            print(f"Waiting for another process that holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _try_lock(file) -> bool:
-    """Lock an open file; False if another process holds the lock.
-
-    Windows and some cluster file systems have no such locks: there, nothing is locked.
-    """
+    lock = FileLock(path)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise
+        print(f"Waiting for another process that holds {path}", flush=True)
+        lock.acquire()
+    except OSError as error:  # some cluster file systems have no locks: there, nothing is locked
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
-    return True
-
-
-def run_lock(path):
-    import filelock
-
-    lock = filelock.FileLock(path)
-    lock.acquire(timeout=0)
     return lock
+
+
+@contextlib.contextmanager
+def file_lock(path):
+    """Hold `acquire_lock(path)` during a `with` block."""
+    lock = acquire_lock(path)
+    try:
+        yield
+    finally:
+        lock.release()

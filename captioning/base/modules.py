@@ -7,14 +7,18 @@ import torch
 
 @contextlib.contextmanager
 def eval_mode(module):
-    """Put `module` in evaluation mode without gradients; afterwards restore its mode."""
-    was_training = module.training
+    """Put `module` in evaluation mode without gradients; afterwards restore the mode of its parts.
+
+    Part by part, because a frozen part may be in evaluation mode while the rest is trained.
+    """
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training
 
 
 def select(tensors, rows, dim=0):

@@ -12,6 +12,8 @@ add_arguments(parser, Options)      # --epochs, --schedule
 """
 
 from dataclasses import MISSING, field, fields
+from types import NoneType
+from typing import get_args
 
 BOUNDS = {
     "at_least": (lambda value, bound: value >= bound, "at least"),
@@ -39,42 +41,44 @@ def from_args(options, args):
     return options(**{f.name: getattr(args, f.name) for f in fields(options)})
 
 
+def kinds_of(f) -> tuple:
+    """The types of a field's values: (int,), or for `int | None` (int, NoneType)."""
+    return get_args(f.type) or (f.type,)
+
+
 def check_options(options):
     """Raise ValueError for a value that is not among the choices or outside the bounds.
 
     "none", as typed on a command line, becomes None in a field that allows it.
     """
     for f in fields(options):
-        value = getattr(options, f.name)
-        if allows_none(f) and str(value).lower() == "none":
+        value, choices = getattr(options, f.name), f.metadata.get("choices")
+        if NoneType in kinds_of(f) and str(value).lower() == "none":
             setattr(options, f.name, None)
             continue
-        choices = f.metadata.get("choices")
         if choices and value not in choices:
             raise ValueError(f"unknown {f.name} {value!r}; choose from {', '.join(choices)}")
         for name, (is_valid, text) in BOUNDS.items():
-            bound = f.metadata.get(name)
-            if bound is not None and value is not None and not is_valid(value, bound):
-                raise ValueError(f"{f.name} is {value}, but must be {text} {bound}")
+            if name in f.metadata and not is_valid(value, f.metadata[name]):
+                raise ValueError(f"{f.name} is {value}, but must be {text} {f.metadata[name]}")
 
 
 def add_arguments(parser, options):
     """Add a flag for each field of the dataclass `options` to an argparse parser."""
     for f in fields(options):
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata.get("help", "")
-        if f.default is MISSING:
-            parser.add_argument(flag, required=True, help=text)
-        elif isinstance(f.default, bool):
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata.get("help")
+        kind, *others = kinds_of(f)
+        if kind is bool:
             parser.add_argument(flag, action="store_true", default=f.default, help=text)
-        else:
-            kind = type_of(f)
-            parser.add_argument(
-                flag,
-                type=none_or(kind) if allows_none(f) else kind,
-                default=f.default,
-                choices=f.metadata.get("choices"),
-                help=text,
-            )
+            continue
+        parser.add_argument(
+            flag,
+            type=none_or(kind) if NoneType in others else kind,
+            required=f.default is MISSING or f.metadata.get("required", False),
+            default=None if f.default is MISSING else f.default,
+            choices=f.metadata.get("choices"),
+            help=text,
+        )
 
 
 def none_or(kind):
@@ -85,13 +89,3 @@ def none_or(kind):
 
     convert.__name__ = kind.__name__  # argparse's error message contains it
     return convert
-
-
-def allows_none(f) -> bool:
-    return "None" in str(f.type)
-
-
-def type_of(f):
-    """The type of a field's values: str, int or float."""
-    names = str(f.type.__name__ if isinstance(f.type, type) else f.type)
-    return next(kind for kind in (float, int, str) if kind.__name__ in names)

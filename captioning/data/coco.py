@@ -28,31 +28,33 @@ class CocoCaptions:
     image_ids: COCO's ids.
     paths: the image files.
     captions: a list of captions per image.
-    indices: positions 0..N-1 in the complete split, which `without` keeps; they index features.
     uncaptioned: file names of the listed images that have no caption and are left out.
     description: that in the "info" of the captions file, on one line, or else the file's name.
     """
 
     def __init__(self, image_dir, captions_file):
         """Read a captions file in COCO's format. Raises DataError if anything is wrong with it."""
-        self.image_dir, self.captions_file = Path(image_dir), Path(captions_file)
-        if not self.image_dir.is_dir():
+        self.captions_file = Path(captions_file)
+        if not os.path.isdir(image_dir):
             raise DataError(f"there is no image folder {image_dir}; check the path")
         coco = read_captions(captions_file)
-        self.description = _description(coco.dataset["info"]) or self.captions_file.name
+        self.description = _description(coco.dataset.get("info")) or self.captions_file.name
         self.image_ids, self.paths, self.captions, self.uncaptioned = [], [], [], []
+        root = os.path.realpath(image_dir)
         for image_id in sorted(coco.getImgIds()):
             name = coco.imgs[image_id]["file_name"]
             captions = [annotation["caption"] for annotation in coco.imgToAnns.get(image_id, [])]
-            if captions:
-                self.image_ids.append(image_id)
-                self.paths.append(_safe_join(self.image_dir, name, captions_file))
-                self.captions.append(captions)
-            else:
+            if not captions:
                 self.uncaptioned.append(name)
+                continue
+            if not _is_below(root, name):
+                problem = f"file_name {_shorten(name)!r} leads outside {image_dir}; correct it"
+                raise DataError(f"{captions_file}: {problem}")
+            self.image_ids.append(image_id)
+            self.paths.append(Path(image_dir, name))
+            self.captions.append(captions)
         if not self.paths:
             raise DataError(f"{captions_file} has no image with a caption")
-        self.indices = list(range(len(self.paths)))
 
     def __len__(self):
         return len(self.paths)
@@ -62,12 +64,12 @@ class CocoCaptions:
         """The captions of all images as one list, image by image."""
         return [caption for captions in self.captions for caption in captions]
 
-    def without(self, indices) -> "CocoCaptions":
-        """A copy without the images whose entry of `self.indices` is in `indices`."""
-        kept = [row for row, index in enumerate(self.indices) if index not in indices]
+    def without(self, rows) -> "CocoCaptions":
+        """A copy in which the images with these row numbers are left out."""
         smaller = copy.copy(self)
-        for name in ("image_ids", "paths", "captions", "indices"):
-            setattr(smaller, name, [getattr(self, name)[row] for row in kept])
+        for name in ("image_ids", "paths", "captions"):
+            kept = [value for row, value in enumerate(getattr(self, name)) if row not in rows]
+            setattr(smaller, name, kept)
         return smaller
 
 
@@ -79,28 +81,22 @@ def read_captions(captions_file) -> COCO:
     path = Path(captions_file)
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise DataError(f"there is no captions file {path}; check the path") from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} is not JSON ({error}); is it the right file, and complete?"
-        ) from None
-    problem = _find_problem(content)
-    if problem:
-        raise DataError(f"{path}: {problem}")
+        problem = f"{path} is not JSON ({error}); is it the right file, and complete?"
+        raise DataError(problem) from error
+    problems = list(_problems(content))
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        problem = "; ".join(problems[:3]) + more
+        raise DataError(f"{path}: {problem}; correct or remove these entries")
     coco = COCO()
-    coco.dataset = {key: content[key] for key in ("images", "annotations")}
-    coco.dataset["info"] = content.get("info")
+    # COCO's API would look for a category in every annotation; captions have none.
+    coco.dataset = {key: value for key, value in content.items() if key != "categories"}
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _description(info) -> str:
-    text = info.get("description") if isinstance(info, dict) else None
-    return " ".join(text.split())[:100] if isinstance(text, str) else ""
 
 
 def write_captions(path, images, annotations, description):
@@ -113,80 +109,56 @@ def write_captions(path, images, annotations, description):
 # ---------------------------------------------------------------------------- validation
 
 
-def _find_problem(content) -> str | None:
-    """The first problem of a captions file's content, as a sentence; None if it is valid."""
+def _problems(content):
+    """Yield what is wrong with a captions file; annotations without an id get one."""
     for key in ("images", "annotations"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            return f"there is no list {key!r}; a captions file has 'images' and 'annotations'"
+            yield f"there is no list {key!r}; a captions file has 'images' and 'annotations'"
+            return
     ids = set()
-    for image in content["images"]:
-        problem = _problem_of_image(image, ids)
-        if problem:
-            return problem
+    for number, image in enumerate(content["images"]):
+        if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
+            yield f"image number {number} has no id"
+            continue
+        if not image.get("file_name") or not _is_text(image["file_name"]):
+            yield f"image {_shorten(image['id'])} has no file_name"
+        if image["id"] in ids:
+            yield f"image id {_shorten(image['id'])} is listed twice"
         ids.add(image["id"])
     if len({type(image_id) for image_id in ids}) > 1:
-        return "some image ids are numbers and some are text; make them one kind"
-    problems = []
+        yield "some image ids are numbers and some are text, make them one kind"
     for number, annotation in enumerate(content["annotations"]):
-        problem = _problem_of_annotation(annotation, number, ids)
-        if problem:
-            problems.append(problem)
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        return "; ".join(problems[:3]) + more + "; correct or remove these entries"
-    return None
-
-
-def _problem_of_image(image, ids) -> str | None:
-    if not isinstance(image, dict) or not isinstance(image.get("id"), (int, str)):
-        return f"every entry of 'images' needs an id, {_shorten(image)} has none"
-    if not _is_text(image.get("file_name")):
-        return f"image {_shorten(image['id'])} has no file_name"
-    if image["id"] in ids:
-        return f"image id {_shorten(image['id'])} is listed twice"
-    return None
-
-
-def _problem_of_annotation(annotation, number, ids) -> str | None:
-    """The problem of an annotation, or None; a missing annotation id is set to `number`."""
-    if not isinstance(annotation, dict):
-        return f"annotation number {number} is not an object"
-    name = f"annotation {_shorten(annotation.setdefault('id', number))}"
-    image_id, caption = annotation.get("image_id"), annotation.get("caption")
-    if not isinstance(annotation["id"], (int, str)):
-        return f"annotation number {number} has an id that is neither a number nor text"
-    if caption == "" or (_is_text(caption) and not caption.strip()):
-        return f"{name} has an empty caption"
-    if not _is_text(caption):
-        return f"{name} has no caption text"
-    if not isinstance(image_id, (int, str)):
-        return f"{name} has no image_id"
-    if image_id not in ids:
-        return f"{name} refers to image {_shorten(image_id)}, which 'images' does not list"
-    return None
+        if not isinstance(annotation, dict):
+            yield f"annotation number {number} is not an object"
+        elif not isinstance(annotation.setdefault("id", number), (int, str)):
+            yield f"annotation number {number} has an id that is neither a number nor text"
+        elif not _is_text(annotation.get("caption")):
+            yield f"annotation {_shorten(annotation['id'])} has no caption text"
+        elif not annotation["caption"].strip():
+            yield f"annotation {_shorten(annotation['id'])} has an empty caption"
+        elif not isinstance(annotation.get("image_id"), (int, str)):
+            yield f"annotation {_shorten(annotation['id'])} has no image_id"
+        elif annotation["image_id"] not in ids:
+            image_id = _shorten(annotation["image_id"])
+            yield f"annotation {_shorten(annotation['id'])} refers to the missing image {image_id}"
 
 
 def _is_text(value) -> bool:
-    """A non-empty string that can be encoded, unlike an unpaired surrogate."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return isinstance(value, str) and bool(value.encode())
+    """Whether a value is a string that can be encoded, unlike an unpaired surrogate."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def _is_below(root, name) -> bool:
+    """Whether `root / name` is within the folder `root` of a real path, also if it is a link."""
+    with contextlib.suppress(ValueError):  # "\0" in a name
+        return "\\" not in name and os.path.realpath(Path(root, name)).startswith(root + os.sep)
     return False
+
+
+def _description(info) -> str:
+    text = info.get("description") if isinstance(info, dict) else None
+    return " ".join(text.split())[:100] if isinstance(text, str) else ""
 
 
 def _shorten(value) -> str:
     return str(value)[:60]
-
-
-def _safe_join(folder: Path, name: str, captions_file) -> Path:
-    """`folder / name`, refused if it leads out of the folder in any way, including links."""
-    path = folder / name
-    plain = "/" not in name and "\\" not in name and "\0" not in name and name not in (".", "..")
-    if plain and not path.is_symlink():
-        return path
-    root = os.path.realpath(folder)
-    with contextlib.suppress(ValueError):  # "\0" in a name
-        if "\\" not in name and os.path.realpath(path).startswith(root + os.sep):
-            return path
-    raise DataError(
-        f"{captions_file}: file_name {_shorten(name)!r} leads outside {folder}; correct it"
-    )

@@ -168,9 +168,9 @@ def delete_outdated_shards(folder, paths, transform):
 
 
 def fingerprint(cnn, paths, transform, precision) -> str:
-    """A hash of the CNN, the precision, the transform and the images."""
+    """A hash of the CNN (its layers and weights), the precision, the transform and the images."""
     precision = resolve_precision(next(cnn.parameters()).device, precision)
-    settings = (FORMAT, SHARD_SIZE, cnn.feature_size, cnn.flip, cnn.pooled, precision, transform)
+    settings = (FORMAT, SHARD_SIZE, cnn, cnn.flip, cnn.pooled, precision, transform)
     digest = hashlib.sha256(repr(settings).encode())
     pixels = np.arange(240 * 320 * 3, dtype=np.uint32) % 251  # an arbitrary but fixed image
     image = Image.fromarray(pixels.astype(np.uint8).reshape(240, 320, 3))

@@ -1,6 +1,7 @@
 """Folders of images, and files of captions for them in COCO's results format."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def image_id_of(path) -> int | str:
     """COCO_val2014_000000000042.jpg, 000000000042.jpg -> 42; holiday.jpg -> "holiday.jpg"."""
     digits = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", path.stem)
     return int(digits[1]) if digits else path.name
+
+
+def check_results_path(path):
+    """Raise OSError if no file can be written there, before the captions are generated."""
+    folder = Path(path).parent
+    if os.path.isdir(path):
+        raise OSError(f"cannot write {path}: it is a folder; give the path of a file")
+    if not folder.is_dir():
+        raise OSError(f"cannot write {path}: there is no folder {folder}; create it first")
 
 
 def write_results(path, image_ids, captions):

@@ -73,7 +73,7 @@ def _to_8_bits(image) -> Image.Image:
 
 
 def centre_crop(source, size, interpolation="bilinear") -> Image.Image:
-    """Path or PIL image -> the square in its middle, that models see, with sides of `size` pixels."""
+    """Path or PIL image -> the square in its middle, with `size` pixels a side: what models see."""
     image = load_image(source, min_size=size)
     image = v2.functional.resize(image, size, v2.InterpolationMode(interpolation))
     return v2.functional.center_crop(image, size)

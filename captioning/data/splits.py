@@ -1,9 +1,9 @@
 """Training, validation and test splits of a dataset, by its name.
 
-    splits = find_splits("synthetic", "data/synthetic")     # generated if it is not there yet
+    splits = prepare_splits("synthetic", "data/synthetic")  # generated if it is not there yet
     splits["train"]                                         # (image folder, captions file)
 
-"synthetic"             the built-in scenes (synthetic.py); not COCO, but in its layout
+"synthetic"             the built-in scenes (captioning/scenes); not COCO, but in its layout
 "coco2014", "coco2017"  DATA_DIR/train2017, val2017, annotations, as COCO's zip files unpack
 "folder"                your own images: DATA_DIR/images, DATA_DIR/captions.json in COCO's format
 """
@@ -17,13 +17,13 @@ import numpy as np
 
 from captioning.data.coco import DataError, read_captions, write_captions
 from captioning.data.download import download_coco
-from captioning.scenes.synthetic import SIZES, write_synthetic
+from captioning.scenes.dataset import SIZES, write_synthetic
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 DATASETS = ("synthetic", "coco2014", "coco2017", "folder")
 
 
-def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpathy=None):
+def prepare_splits(name, data_dir, work_dir=None, download=False, first=None, karpathy=None):
     """{"train": (image folder, captions file), "val": .., "test": ..} of a dataset.
 
     COCO publishes no captions for its test images. Therefore its validation images are divided at
@@ -40,38 +40,22 @@ def find_splits(name, data_dir, work_dir=None, download=False, first=None, karpa
     """
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}; choose from {', '.join(DATASETS)}")
-    data_dir = Path(data_dir)
-    work_dir = Path(work_dir or data_dir) / "splits"
+    if karpathy and (name != "coco2014" or first):
+        raise ValueError("Karpathy's split requires the complete coco2014")
+    data_dir, work_dir = Path(data_dir), Path(work_dir or data_dir) / "splits"
     if name == "synthetic":
         return write_synthetic(data_dir, sizes=_existing_sizes(data_dir))
     if name == "folder":
-        return _random_splits_of(data_dir / "images", data_dir / "captions.json", work_dir)
-    if karpathy and (name != "coco2014" or first):
-        raise ValueError("Karpathy's split requires the complete coco2014")
-    return _coco_splits(name, data_dir, work_dir, download, first, karpathy)
-
-
-def _coco_splits(name, data_dir, work_dir, download, first, karpathy):
+        return random_splits(data_dir / "images", data_dir / "captions.json", work_dir)
     work_dir /= "karpathy" if karpathy else f"{name}-first{first}" if first else name
     year = int(name.removeprefix("coco"))
-    if download:
-        found = download_coco(data_dir, year, first=first)
-    else:
-        found = _find_coco(data_dir, year, first)
+    coco = download_coco(data_dir, year, first) if download else _find_coco(data_dir, year, first)
     if karpathy:
-        files = karpathy_splits(karpathy, work_dir)
-        return {split: (data_dir, file) for split, file in files.items()}
-    if "val" not in found:
-        print(f"{data_dir} has no validation captions: a tenth of the training images is held out")
-        return _random_splits_of(*found["train"], work_dir)
-    images, captions = found["val"]
-    files = random_splits(captions, work_dir, {"val": 0.5, "test": 0.5})
-    return {"train": found["train"], **{split: (images, file) for split, file in files.items()}}
-
-
-def _random_splits_of(images, captions, work_dir):
-    files = random_splits(captions, work_dir, FRACTIONS)
-    return {split: (images, file) for split, file in files.items()}
+        return karpathy_splits(data_dir, karpathy, work_dir)
+    if "val" in coco:
+        return coco | random_splits(*coco["val"], work_dir, {"val": 0.5, "test": 0.5})
+    print(f"{data_dir} has no validation captions: a tenth of the training images is held out")
+    return random_splits(*coco["train"], work_dir)
 
 
 def _existing_sizes(data_dir: Path) -> dict[str, int]:
@@ -99,73 +83,55 @@ def _find_coco(data_dir: Path, year: int, first=None) -> dict:
     return found
 
 
-# ---------------------------------------------------------------------------- writing splits
-
-
-def karpathy_splits(karpathy_file, out_dir) -> dict[str, Path]:
+def karpathy_splits(image_dir, karpathy_file, out_dir) -> dict:
     """Write the split of Karpathy & Fei-Fei (2015) as three captions files in COCO's format.
 
     Reads their `dataset_coco.json` (or `dataset_flickr8k.json`, ..). As usual, "restval" is part of
-    training. Image names are relative to one folder, e.g. "val2014/COCO_val...jpg". Raises
+    training. Image names are relative to `image_dir`, e.g. "val2014/COCO_val...jpg". Raises
     DataError if the file has another format.
     """
+    splits = defaultdict(lambda: ([], []))
     try:
         images = json.loads(Path(karpathy_file).read_text(encoding="utf-8"))["images"]
-        splits = defaultdict(lambda: ([], []))
         for number, image in enumerate(images):
-            listed, annotations = splits[{"restval": "train"}.get(image["split"], image["split"])]
+            listed, annotations = splits[image["split"].replace("restval", "train")]
             image_id = image.get("cocoid", image.get("imgid", number))
             name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
             listed.append({"id": image_id, "file_name": name})
-            annotations += [
-                {"id": sentence["sentid"], "image_id": image_id, "caption": sentence["raw"].strip()}
-                for sentence in image["sentences"]
-            ]
+            for sentence in image["sentences"]:
+                caption = {"image_id": image_id, "caption": sentence["raw"].strip()}
+                annotations.append({"id": sentence["sentid"], **caption})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{karpathy_file} is not a Karpathy split file ({type(error).__name__}: {error})"
-        ) from None
-    return _write_captions_files(splits, out_dir, f"split by {Path(karpathy_file).name}")
+        problem = f"is not a Karpathy split file ({type(error).__name__}: {error})"
+        raise DataError(f"{karpathy_file} {problem}") from error
+    return _write_splits(splits, image_dir, out_dir, f"split by {Path(karpathy_file).name}")
 
 
-def random_splits(captions_file, out_dir, fractions, seed=0) -> dict[str, Path]:
+def random_splits(image_dir, captions_file, out_dir, fractions=FRACTIONS, seed=0) -> dict:
     """Divide the images of a captions file, e.g. {"train": 0.8, "val": 0.1, "test": 0.1}.
 
     An image and all its captions are in one split, the same every time, even if its file is listed
     as several images. Raises DataError if a split would be empty.
     """
     content = read_captions(captions_file).dataset
-    first = {}  # file name -> the first of its ids
-    for image in sorted(content["images"], key=itemgetter("id")):
-        first.setdefault(image["file_name"], image["id"])
-    split_of = _assign_splits(sorted(first.values()), fractions, seed, captions_file)
-    for image in content["images"]:
-        split_of[image["id"]] = split_of[first[image["file_name"]]]
-    splits = {name: ([], []) for name in fractions}
+    images = sorted(content["images"], key=itemgetter("id"))
+    files = list(dict.fromkeys(image["file_name"] for image in images))
+    stops = [round(stop) for stop in np.cumsum(list(fractions.values())) * len(files)]
+    parts = np.split(np.random.default_rng(seed).permutation(len(files)), stops[:-1])
+    if not all(map(len, parts)):
+        raise DataError(f"{captions_file} lists too few images ({len(files)}) for {fractions}")
+    split_of = {files[i]: split for split, part in zip(fractions, parts, strict=True) for i in part}
+    split_of = {image["id"]: split_of[image["file_name"]] for image in images}
+    splits = {split: ([], []) for split in fractions}
     for image in content["images"]:
         splits[split_of[image["id"]]][0].append(image)
     for annotation in content["annotations"]:
         splits[split_of[annotation["image_id"]]][1].append(annotation)
-    return _write_captions_files(
-        splits, out_dir, f"random split of {Path(captions_file).name}, seed {seed}"
-    )
+    source = f"random split of {Path(captions_file).name}, seed {seed}"
+    return _write_splits(splits, image_dir, out_dir, source)
 
 
-def _assign_splits(ids, fractions, seed, captions_file) -> dict:
-    """Image id -> the name of its split."""
-    ids = np.array(ids)
-    ids = ids[np.random.default_rng(seed).permutation(len(ids))].tolist()
-    stops = [0, *(round(stop) for stop in np.cumsum(list(fractions.values())) * len(ids))]
-    if 0 in np.diff(stops):
-        raise DataError(f"{captions_file} lists too few images ({len(ids)}) for {fractions}")
-    return {
-        image_id: name
-        for name, start, stop in zip(fractions, stops, stops[1:], strict=False)
-        for image_id in ids[start:stop]
-    }
-
-
-def _write_captions_files(splits, out_dir, description) -> dict[str, Path]:
+def _write_splits(splits, image_dir, out_dir, description) -> dict:
     """Write captions_{split}.json for each split: (images, annotations), in COCO's format."""
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     files = {name: Path(out_dir) / f"captions_{name}.json" for name in splits}
@@ -173,4 +139,4 @@ def _write_captions_files(splits, out_dir, description) -> dict[str, Path]:
         write_captions(files[name], images, annotations, description)
     sizes = ", ".join(f"{len(images)} {name}" for name, (images, _) in splits.items())
     print(f"{out_dir}: {sizes} images")
-    return files
+    return {name: (Path(image_dir), file) for name, file in files.items()}

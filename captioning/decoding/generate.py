@@ -19,7 +19,7 @@ class DecodingOptions:
     beam_size: int | None = option(None, "prefixes per image; default: 3", at_least=1)
     n_best: int = option(1, "captions per image, best first", at_least=1)
     length_penalty: float = option(
-        LENGTH_PENALTY, "rank by log-probability / length ** this", at_least=0
+        LENGTH_PENALTY, "rank by log-probability / length ** this", at_least=0, below=100
     )
     max_len: int = option(20, "words of a caption, <end> included", at_least=1)
     temperature: float = option(0.0, "above 0: sample words, without beam search", at_least=0)

@@ -13,7 +13,7 @@ import torch
 from captioning.base.checkpoints import load_checkpoint, save
 from captioning.base.device import get_rng_state, set_rng_state
 from captioning.base.distributed import all_reduce_sum, gather, print0, rank_and_world_size
-from captioning.base.files import run_lock, write_text
+from captioning.base.files import acquire_lock, write_text
 from captioning.base.options import names_with
 from captioning.learning.card import with_results
 
@@ -37,19 +37,22 @@ def stop_on_sigterm():
 # ---------------------------------------------------------------------------- starting a run
 
 
-def lock_run_dir(out):
-    """A lock of the folder `out`, which is created; None on other ranks than 0.
+def lock_run_dir(out) -> contextlib.ExitStack:
+    """Lock the folder `out`, which is created, until the result is closed. Rank 0 has the lock.
 
-    Raises OSError if another process holds it, or if the folder cannot be written to.
+    Raises OSError if another run holds the lock, or if the folder cannot be written to.
     """
+    out, lock = Path(out), contextlib.ExitStack()
     if rank_and_world_size()[0] > 0:
-        return None
-    out = Path(out)
+        return lock
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = run_lock(out / ".lock")
-    except TimeoutError:
-        raise OSError(f"another run is writing to {out}; choose another --out") from None
+        lock.callback(acquire_lock(out / ".lock", wait=False).release)
+    except TimeoutError as error:
+        raise OSError(
+            f"another run is writing to {out}; wait for its end, choose another --out, or if it is "
+            "a `Run` of this notebook that was not trained, delete it"
+        ) from error
     except OSError as error:
         reason = error.strerror
         raise OSError(f"cannot write to {out} ({reason}); choose another --out") from error
@@ -63,27 +66,21 @@ def find_earlier_run(config):
 
     Raises ValueError if --out contains a run that would be lost.
     """
-    out = Path(config.out)
-    for folder in (out, Path(config.cache_dir)):
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, not a folder; choose another")
-    last, best = out / "last.pt", out / "best.pt"
+    last, best = Path(config.out) / "last.pt", Path(config.out) / "best.pt"
     if config.resume and last.exists():
         return load_checkpoint(last)
     if not config.overwrite and (last.exists() or best.exists()):
         if not config.resume:
             raise ValueError(
-                f"{out} contains an earlier run: continue with --resume, start again with "
+                f"{config.out} contains an earlier run: continue with --resume, start again with "
                 "--overwrite, or choose another folder with --out"
             )
         # A kill between the two files of the first epoch leaves best.pt alone.
         if len(load_checkpoint(best).get("history", [])) != 1:
             raise ValueError(
-                f"{out} contains the best epoch of an earlier run, but no last.pt to resume from: "
-                "start again with --overwrite, or choose another folder with --out"
+                f"{config.out} contains the best epoch of an earlier run, but no last.pt to resume "
+                "from: start again with --overwrite, or choose another folder with --out"
             )
-    if config.resume:
-        print0(f"There is no {last} to resume from yet: a new run is started.")
     return None
 
 
@@ -167,7 +164,7 @@ def restore(run, checkpoint):
     progress.history, progress.step = checkpoint["history"], checkpoint["step"]
     progress.seconds = checkpoint["seconds"]
     totals = checkpoint["totals"].items()  # the sums of all ranks
-    progress.totals = {name: value.to(model.device) * (rank == 0) for name, value in totals}
+    progress.totals = {name: value * (rank == 0) for name, value in totals}
     if len(checkpoint["rng"]) == world_size:
         set_rng_state(checkpoint["rng"][rank], model.device)
     else:
@@ -188,12 +185,8 @@ def check_same_run(run, checkpoint) -> dict:
         for name, value in asdict(config).items()
         if name not in may_change and saved.get(name) != value
     ]
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, tensor in model.state_dict().items() if config.fine_tune != "all" else ():
-        frozen = name.startswith("encoder.cnn.") and name not in trained
-        if frozen and not torch.equal(tensor.cpu(), checkpoint["model"][name].cpu()):
-            changed.append("the weights of the CNN have changed")
-            break
+    if not changed and not same_frozen_weights(model, checkpoint["model"]):
+        changed.append("the weights of the CNN have changed")
     if checkpoint["words"] != model.vocab.words:
         changed.append("the vocabulary has changed")
     if checkpoint["data"] != run.data_digest:
@@ -201,6 +194,17 @@ def check_same_run(run, checkpoint) -> dict:
     if changed:
         raise ValueError(f"cannot resume {config.out}: {'; '.join(changed)}")
     return saved
+
+
+def same_frozen_weights(model, state) -> bool:
+    """Whether what is not trained of the CNN has the same weights in a state dict."""
+    cnn, prefix = model.encoder.cnn, "encoder.cnn."
+    trained = {name for name, parameter in cnn.named_parameters() if parameter.requires_grad}
+    return cnn.fine_tune == "all" or all(
+        torch.equal(tensor.cpu(), state[prefix + name])
+        for name, tensor in cnn.state_dict().items()
+        if name not in trained
+    )
 
 
 def digest_of(*splits) -> str:

@@ -22,8 +22,10 @@ from captioning.base.distributed import (
 )
 from captioning.learning.checkpoint import (
     best_epoch,
+    find_earlier_run,
     lock_run_dir,
     prepare_run_dir,
+    restore,
     save_run,
     stop_on_sigterm,
 )
@@ -36,18 +38,25 @@ from captioning.scoring.metrics import perplexity
 def fit(run: Run, after_epoch=None) -> list[dict]:
     """Train up to `config.epochs`, or until validation stops improving; returns the history.
 
+    Raises ValueError if config.out contains an earlier run, unless it is to be resumed or replaced.
+
     after_epoch: called with the run after each epoch, for example to caption an image.
 
     Saves a checkpoint after every epoch and every `save_every` batches; Ctrl-C loses the progress
     since the last one. SIGTERM, which Slurm sends before it kills a job, saves one at once.
     """
-    config, progress = run.config, run.progress
-    run.lock = run.lock or lock_run_dir(config.out)
-    loss = wrap_ddp(run.loss, find_unused_parameters=config.fine_tune == "all")
-    saved = progress.epoch
+    config, progress, saved = run.config, run.progress, 0
+    lock, run.lock = run.lock or lock_run_dir(config.out), None
     try:
-        with stop_on_sigterm() as stop:
+        with lock, stop_on_sigterm() as stop:
+            if not progress.history and not progress.step:
+                earlier = find_earlier_run(config)  # which a Run without build_run has not seen
+                if earlier:
+                    restore(run, earlier)
+            # Waits for all ranks: none looks any more for the files that `prepare_run_dir` deletes.
+            loss = wrap_ddp(run.loss, find_unused_parameters=config.fine_tune != "none")
             prepare_run_dir(run)
+            saved = progress.epoch
             if config.init_from and not progress.history:  # the model that this run starts from
                 end_epoch(run, {"epoch": 0})
             while not is_finished(progress, config):
@@ -61,10 +70,6 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
     except KeyboardInterrupt:
         print0(f"\nInterrupted after {saved} complete epochs. Continue with --resume.")
         raise
-    finally:
-        if run.lock:
-            run.lock.release()
-            run.lock = None
     return progress.history
 
 
@@ -102,7 +107,7 @@ def train_one_epoch(run: Run, loss, after_update):
             progress.totals[name] = progress.totals.get(name, 0) + to_float64(value.detach())
         targets = targets + sums["targets"]
         progress.step += 1
-        if progress.step % run.config.batches_per_update and progress.step < steps:
+        if progress.step % config.batches_per_update and progress.step < steps:
             continue
         done = (epoch + progress.step / steps) / config.epochs
         factor = schedule(done, config.schedule)

@@ -17,15 +17,20 @@ class TrainConfig(ModelConfig):
     """Everything that a run depends on; the command line's flags are these fields.
 
     `may_change`: options that may differ when a run is resumed; another value of any other option
-    would make it another run.
+    would make it another run. `required`: by the command line and `build_run`, but not by a `Run`
+    with loaders of one's own.
     """
 
-    train_images: str = option(help="folder of the training images", may_change=True)
-    train_captions: str = option(
-        help="their captions, a JSON file in COCO's format", may_change=True
+    train_images: str | None = option(
+        None, "folder of the training images", required=True, may_change=True
     )
-    val_images: str = option(help="folder of the validation images", may_change=True)
-    val_captions: str = option(help="their captions", may_change=True)
+    train_captions: str | None = option(
+        None, "their captions, a JSON file in COCO's format", required=True, may_change=True
+    )
+    val_images: str | None = option(
+        None, "folder of the validation images", required=True, may_change=True
+    )
+    val_captions: str | None = option(None, "their captions", required=True, may_change=True)
     out: str = option(help="folder for checkpoints, history and metrics", may_change=True)
     weights: str | None = option(
         "DEFAULT", "of the CNN: torchvision's name, a state dict's path, or none"

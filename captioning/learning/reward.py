@@ -24,10 +24,6 @@ class CiderD:
     2023, arXiv:2305.12254).
     """
 
-    signature = (
-        "CIDEr-D|n:4|sigma:6|scale:10|df:training images|<end>:included|words:vocabulary with <unk>"
-    )
-
     def __init__(self, references, n=4, sigma=6.0):
         """references: for each image, a list of captions, each a list of word indices."""
         self.n, self.sigma, self.images = n, sigma, len(references)

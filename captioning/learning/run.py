@@ -1,4 +1,11 @@
-"""A training run and its progress."""
+"""A training run and its progress.
+
+train.build_run builds a run from files of captions. With loaders of one's own:
+
+run = Run(config, model, TeacherForcing(model), build_optimizer(model, config), train_loader,
+          val_loader)
+history = fit(run)
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +42,7 @@ class Run:
     val_loader: torch.utils.data.DataLoader
     val_images: Any = None  # an `ImageDataset` to caption after each epoch, for best_by "cider"
     data_digest: str = ""  # of the captions, to resume with the same ones
-    lock: Any = None  # of config.out
+    lock: Any = None  # of config.out: a context manager, which `fit` leaves at its end
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -3,7 +3,6 @@
 network = build_backbone("resnet50", weights="DEFAULT")    # classifier removed
 network(images)                                            # (B, 2048), pooled
 build_backbone("resnet50", weights=None, pooled=False)(images)    # (B, 2048, 7, 7), the last map
-build_backbone("timm/vit_small_patch16_224", weights="DEFAULT", pooled=False)    # (B, 384, 14, 14)
 last_stage(network, "resnet50")                            # the parameters of layer4
 """
 
@@ -49,8 +48,8 @@ def input_settings(backbone, image_size=None) -> dict:
     timm, name = _timm(backbone)
     config = timm.get_pretrained_cfg(name).to_dict()
     settings = timm.data.resolve_data_config(pretrained_cfg=config)
-    found = {key: settings[key] for key in ("mean", "std", "interpolation")}
-    return {"image_size": image_size or settings["input_size"][-1], **found}
+    size = image_size or settings["input_size"][-1]
+    return {"image_size": size} | {key: settings[key] for key in ("mean", "std", "interpolation")}
 
 
 def build_backbone(backbone, weights, pooled=True, image_size=None) -> nn.Module:
@@ -87,6 +86,7 @@ def last_stage(network, name) -> list[nn.Parameter]:
     """
     network = getattr(network, "extractor", getattr(network, "network", network))  # in the wrapper
     modules = dict(network.named_modules())  # in order
+    name = name if isinstance(name, str) else type(name).__name__  # a module is used as backbone
     if name.startswith(TIMM):
         before = [stage["module"] for stage in getattr(network, "feature_info", [])][-2:-1]
     else:
@@ -134,8 +134,8 @@ def _timm_network(backbone, weights, image_size):
 
 
 def _timm(backbone):
-    """(timm, the name without "timm/"); imports timm. Raises ValueError for an unknown name."""
-    import timm
+    """(timm, the name without "timm/"). Raises ValueError for an unknown name."""
+    import timm  # only when one of its networks is used
 
     name = backbone.removeprefix(TIMM)
     _check_name(name, timm.list_models() + timm.list_pretrained())
@@ -155,7 +155,6 @@ def _check_weights(name, weights, choices):
 
 
 def _load_weights(network, name, path):
-    """Load the state dict in `path`, whose classifiers are left out."""
     try:
         missing, excess = network.load_state_dict(load_safely(path), strict=False)
     except (RuntimeError, AttributeError, TypeError, KeyError) as error:

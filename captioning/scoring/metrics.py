@@ -16,30 +16,9 @@ from captioning.base.tokens import TOKENIZER, tokenize
 
 # Words that end a caption only if it breaks off: "a man with a". A few are correct ("looks on"):
 # of 30,455 human captions of Flickr8k, 0.6 % end in one of these words.
-BAD_ENDINGS = {
-    "a",
-    "an",
-    "the",
-    "this",
-    "that",
-    "his",
-    "its",
-    "their",
-    "and",
-    "or",
-    "with",
-    "without",
-    "of",
-    "in",
-    "on",
-    "at",
-    "to",
-    "for",
-    "from",
-    "into",
-    "is",
-    "are",
-}
+DETERMINERS = "a an the this that his its their"
+FUNCTION_WORDS = "and or with without of in on at to for from into is are"
+BAD_ENDINGS = {*DETERMINERS.split(), *FUNCTION_WORDS.split()}
 
 
 def perplexity(total_nll: float, tokens: int) -> float:
@@ -97,16 +76,18 @@ def diagnostics(candidates, training_captions, vocab_size) -> dict:
     """How varied the captions are, and how many are copies of training captions.
 
     distinct: number of different captions, as a fraction of all captions.
-    copied from train: the fraction of the captions that are also training captions.
+    copied from train: the fraction of the captions that are also training captions; left out if
+        there are no training captions to compare with.
     bad endings: the fraction of the captions whose last word is one of BAD_ENDINGS.
     vocabulary used: number of different words in the captions, of `vocabulary size`.
     mean length: in words.
     """
     captions = [tuple(tokenize(caption)) for caption in candidates]
     known = {tuple(tokenize(caption)) for caption in training_captions}
+    copied = {"copied from train": mean(caption in known for caption in captions)} if known else {}
     return {
         "distinct": len(set(captions)) / len(captions),
-        "copied from train": mean(caption in known for caption in captions),
+        **copied,
         "bad endings": mean(not BAD_ENDINGS.isdisjoint(caption[-1:]) for caption in captions),
         "vocabulary used": len({word for caption in captions for word in caption}),
         "vocabulary size": vocab_size,

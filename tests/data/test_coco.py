@@ -33,7 +33,7 @@ def test_captions_of_every_image(data, shared_dataset, capsys):
     assert data.paths == sorted((shared_dataset / "images").iterdir())
     assert data.captions == CAPTIONS
     assert data.all_captions == [caption for captions in CAPTIONS for caption in captions]
-    assert data.indices == list(range(12)) and len(data) == 12
+    assert len(data) == 12
     assert capsys.readouterr() == ("", "")
 
 
@@ -53,15 +53,16 @@ def test_images_without_captions(edited):
     data = edited(remove)
     assert data.uncaptioned == ["03.jpg", "08.jpg"]
     assert data.captions == [c for number, c in enumerate(CAPTIONS) if number not in (3, 8)]
-    assert len(data) == len(data.paths) == len(data.image_ids) == len(data.indices) == 10
+    assert len(data) == len(data.paths) == len(data.image_ids) == 10
 
 
 def test_without(data):
-    """Leaving images out keeps the indices of the others, and changes only the copy."""
-    smaller = data.without({0: "unreadable", 5: "unreadable"}).without([11])
-    assert smaller.indices == [1, 2, 3, 4, 6, 7, 8, 9, 10]
-    assert smaller.captions == [CAPTIONS[index] for index in smaller.indices]
-    assert smaller.image_ids == [100 + index for index in smaller.indices]
+    """The images with the given row numbers are left out, in the copy only."""
+    kept = [row for row in range(12) if row not in (0, 5, 11)]
+    smaller = data.without({0: "unreadable", 5: "unreadable"}).without([9])
+    assert smaller.captions == [CAPTIONS[row] for row in kept]
+    assert smaller.image_ids == [100 + row for row in kept]
+    assert smaller.paths == [data.paths[row] for row in kept]
     assert len(data) == 12
 
 

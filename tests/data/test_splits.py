@@ -6,7 +6,7 @@ import pytest
 from conftest import CAPTIONS, write_dataset
 
 from captioning.data.coco import CocoCaptions, DataError
-from captioning.data.splits import find_splits, karpathy_splits, random_splits
+from captioning.data.splits import karpathy_splits, prepare_splits, random_splits
 
 FRACTIONS = {"train": 0.5, "val": 0.25, "test": 0.25}
 
@@ -29,7 +29,7 @@ def ids(splits):
 
 
 def read(files):
-    return {name: json.loads(path.read_text()) for name, path in files.items()}
+    return {name: json.loads(path.read_text()) for name, (_, path) in files.items()}
 
 
 # ---------------------------------------------------------------------------- datasets
@@ -37,7 +37,7 @@ def read(files):
 
 def test_coco(tmp_path):
     """COCO's training images are "train"; one half of its validation images is "val"."""
-    found = ids(find_splits("coco2017", write_coco(tmp_path)))
+    found = ids(prepare_splits("coco2017", write_coco(tmp_path)))
     assert found["train"] == list(range(100, 112))
     assert sorted(found["val"] + found["test"]) == list(range(100, 112))
     assert len(found["val"]) == 6
@@ -45,7 +45,7 @@ def test_coco(tmp_path):
 
 def test_coco_without_validation(tmp_path, capsys):
     """Without validation images, a tenth of the training images is "val" and a tenth "test"."""
-    found = ids(find_splits("coco2014", write_coco(tmp_path, 2014, ["train"])))
+    found = ids(prepare_splits("coco2014", write_coco(tmp_path, 2014, ["train"])))
     assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 1, "test": 1}
     assert sorted(sum(found.values(), [])) == list(range(100, 112))
     assert "held out" in capsys.readouterr().out
@@ -53,23 +53,23 @@ def test_coco_without_validation(tmp_path, capsys):
 
 def test_first_images_of_coco(tmp_path):
     """The splits of a part of COCO and those of the complete COCO do not overwrite each other."""
-    part = find_splits("coco2017", write_coco(tmp_path, kind=".first12"), first=12)
+    part = prepare_splits("coco2017", write_coco(tmp_path, kind=".first12"), first=12)
     before = {name: file.read_bytes() for name, (_, file) in part.items()}
     for file in list((tmp_path / "annotations").iterdir()):
         content = json.loads(file.read_text())
         content["images"] = content["images"][:8]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 108]
         (file.parent / file.name.replace(".first12", "")).write_text(json.dumps(content))
-    assert len(ids(find_splits("coco2017", tmp_path))["val"]) == 4
+    assert len(ids(prepare_splits("coco2017", tmp_path))["val"]) == 4
     assert {name: file.read_bytes() for name, (_, file) in part.items()} == before
 
 
 def test_folder(tmp_path):
     """Your own images are split 8 : 1 : 1, the same way every time."""
     root = write_dataset(tmp_path / "mine")
-    found = ids(find_splits("folder", root))
+    found = ids(prepare_splits("folder", root))
     assert {name: len(split) for name, split in found.items()} == {"train": 10, "val": 1, "test": 1}
-    assert ids(find_splits("folder", root)) == found
+    assert ids(prepare_splits("folder", root)) == found
 
 
 def test_splits_of_karpathy(tmp_path):
@@ -91,7 +91,7 @@ def test_splits_of_karpathy(tmp_path):
     ]
     file = tmp_path / "dataset_coco.json"
     file.write_text(json.dumps({"images": images}))
-    found = ids(find_splits("coco2014", write_coco(tmp_path, 2014), karpathy=file))
+    found = ids(prepare_splits("coco2014", write_coco(tmp_path, 2014), karpathy=file))
     assert found == {"train": [100, 101], "val": [102], "test": [103]}
 
 
@@ -99,7 +99,7 @@ def test_splits_of_karpathy(tmp_path):
 def test_karpathy_for_another_dataset(tmp_path, name, first):
     """Karpathy's split of another dataset, or of a part of COCO, is an error."""
     with pytest.raises(ValueError, match="complete coco2014"):
-        find_splits(name, tmp_path, karpathy="dataset_coco.json", first=first)
+        prepare_splits(name, tmp_path, karpathy="dataset_coco.json", first=first)
 
 
 # ---------------------------------------------------------------------------- random splits
@@ -107,7 +107,7 @@ def test_karpathy_for_another_dataset(tmp_path, name, first):
 
 def test_random_splits(shared_dataset, tmp_path):
     """Every image is in one split, with all its captions, in the given proportions."""
-    splits = read(random_splits(shared_dataset / "captions.json", tmp_path, FRACTIONS))
+    splits = read(random_splits("images", shared_dataset / "captions.json", tmp_path, FRACTIONS))
     ids = {name: [image["id"] for image in split["images"]] for name, split in splits.items()}
     assert {name: len(found) for name, found in ids.items()} == {"train": 6, "val": 3, "test": 3}
     assert sorted(sum(ids.values(), [])) == list(range(100, 112))
@@ -122,7 +122,7 @@ def test_an_image_that_is_listed_twice(dataset, tmp_path):
     content = json.loads(path.read_text())
     copies = [image | {"id": image["id"] + 50} for image in content["images"]]
     path.write_text(json.dumps(content | {"images": content["images"] + copies}))
-    splits = read(random_splits(path, tmp_path, FRACTIONS))
+    splits = read(random_splits(path.parent, path, tmp_path, FRACTIONS))
     files = [{image["file_name"] for image in split["images"]} for split in splits.values()]
     assert sum(map(len, files)) == len(set.union(*files)) == 12
     assert sum(len(split["images"]) for split in splits.values()) == 24
@@ -131,12 +131,12 @@ def test_an_image_that_is_listed_twice(dataset, tmp_path):
 def test_seed_of_random_splits(dataset, tmp_path):
     """A random split depends on the seed, not on the order of the images in the file."""
     path = dataset / "captions.json"
-    first = read(random_splits(path, tmp_path / "a", FRACTIONS))
+    first = read(random_splits(path.parent, path, tmp_path / "a", FRACTIONS))
     content = json.loads(path.read_text())
     content["images"].reverse()
     path.write_text(json.dumps(content))
-    again = read(random_splits(path, tmp_path / "b", FRACTIONS))
-    other = read(random_splits(path, tmp_path / "c", FRACTIONS, seed=1))
+    again = read(random_splits(path.parent, path, tmp_path / "b", FRACTIONS))
+    other = read(random_splits(path.parent, path, tmp_path / "c", FRACTIONS, seed=1))
     first, again, other = (
         {image["id"] for image in splits["train"]["images"]} for splits in (first, again, other)
     )
@@ -146,7 +146,9 @@ def test_seed_of_random_splits(dataset, tmp_path):
 def test_too_few_images_to_split(shared_dataset, tmp_path):
     """A split that would be empty is an error."""
     with pytest.raises(DataError, match="too few images"):
-        random_splits(shared_dataset / "captions.json", tmp_path, {"train": 0.99, "val": 0.01})
+        random_splits(
+            "images", shared_dataset / "captions.json", tmp_path, {"train": 0.99, "val": 0.01}
+        )
 
 
 # ---------------------------------------------------------------------------- Karpathy's splits
@@ -175,7 +177,7 @@ def test_karpathy_splits(tmp_path):
     ]
     path = tmp_path / "dataset_coco.json"
     path.write_text(json.dumps({"images": images}))
-    splits = read(karpathy_splits(path, tmp_path / "splits"))
+    splits = read(karpathy_splits(tmp_path, path, tmp_path / "splits"))
     assert {
         name: [(image["id"], image["file_name"]) for image in split["images"]]
         for name, split in splits.items()
@@ -197,4 +199,4 @@ def test_not_a_karpathy_file(tmp_path, content):
     """Another file in place of Karpathy's is an error that names it."""
     (tmp_path / "k.json").write_text(content)
     with pytest.raises(DataError, match="k.json is not a Karpathy split file"):
-        karpathy_splits(tmp_path / "k.json", tmp_path / "splits")
+        karpathy_splits(tmp_path, tmp_path / "k.json", tmp_path / "splits")

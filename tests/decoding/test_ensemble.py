@@ -1,27 +1,25 @@
 """Ensembles of whole models; their search is tested in test_decoding.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import calibrated_weights, supported
 
 from captioning.decoding.ensemble import Ensemble
-from captioning.learning.options import ModelConfig
-from model import CaptionModel
+from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
-WORDS = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"]
+TINY = ModelConfig(
+    backbone="mobilenet_v3_small", image_size=64, embed_size=16, hidden_size=16, precision="float32"
+)
 
 
-def random_model(seed, words=WORDS, **changes):
+def random_model(seed, words=("a cat", "a dog runs", "sits"), **changes):
     torch.manual_seed(seed)
-    settings = {
-        "backbone": "mobilenet_v3_small",
-        "image_size": 64,
-        "embed_size": 16,
-        "hidden_size": 16,
-        "precision": "float32",
-    }
-    model = CaptionModel(words, ModelConfig(**settings | changes), calibrated_weights())
+    vocab = Vocabulary.build(words, threshold=1)
+    model = CaptionModel(vocab, replace(TINY, **changes), calibrated_weights())
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)
     return model.eval()
@@ -71,6 +69,6 @@ def test_attention_of_different_grids(photos):
 def test_errors():
     """Different vocabularies, or no model, raise ValueError."""
     with pytest.raises(ValueError, match="same vocabulary"):
-        Ensemble([random_model(0), random_model(0, words=[*WORDS, "bus"])])
+        Ensemble([random_model(0), random_model(0, words=["a bus"])])
     with pytest.raises(ValueError, match="at least one model"):
         Ensemble([])

@@ -5,85 +5,81 @@ import pytest
 import torch
 from naive import NaiveAttentionDecoder, log_softmax
 
-from captioning.decoding.search import generate
+from captioning.base.tokens import END, START
+from captioning.decoding.generate import generate
 from captioning.learning.losses import TeacherForcing
 from captioning.networks.attention import AttentionDecoder
-from vocabulary import END, START
+from captioning.scoring import cross_entropy
+from data_loader import Batch
 
-M, P, E, V = 3, 6, 8, 11  # images, positions, embed_size, words
+M, P, C, E, V = 3, 6, 7, 8, 11  # images, positions, feature_size, embed_size, words
 
 
 @pytest.fixture(scope="module")
 def decoder():
     torch.manual_seed(0)
-    decoder = AttentionDecoder(E, 12, V, dropout=0.5, num_heads=2).eval()
+    decoder = AttentionDecoder(E, 12, V, C, dropout=0.5, num_heads=2).eval()
     for weight in decoder.parameters():  # large weights, so that the attention is not uniform
         weight.data.mul_(3)
     return decoder
 
 
 @pytest.fixture(scope="module")
-def memory():
+def features():
     torch.manual_seed(1)
-    return torch.randn(M, P, 2 * E)
+    return torch.randn(M, P, C)
 
 
 CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
 
 
-def test_teacher_forcing(decoder, memory):
+def test_teacher_forcing(decoder, features):
     """Whole captions at once give the logits of a decoder that reads word by word, in numpy."""
-    logits = decoder(memory, CAPTIONS).detach().numpy()
+    logits = decoder(features, CAPTIONS).detach().numpy()
     naive = NaiveAttentionDecoder(decoder)
-    for image, caption, found in zip(memory.numpy(), CAPTIONS.tolist(), logits, strict=True):
+    for image, caption, found in zip(features.numpy(), CAPTIONS.tolist(), logits, strict=True):
         np.testing.assert_allclose(found, naive.teacher_forcing(image, caption), atol=1e-4)
 
 
-def test_step(decoder, memory):
+def test_step(decoder, features):
     """Decoding step by step gives the logits of teacher forcing, and numpy's attention."""
-    logits, naive = decoder(memory, CAPTIONS), NaiveAttentionDecoder(decoder)
+    logits, naive = decoder(features, CAPTIONS), NaiveAttentionDecoder(decoder)
+    memory = decoder.memory(features)
     state = decoder.init_state(memory)
-    naive_state = [naive.init_state(image) for image in memory.numpy()]
+    naive_state = [naive.init_state(image) for image in features.numpy()]
     for t in range(CAPTIONS.size(1) - 1):
         found, state, attention = decoder.step(CAPTIONS[:, t], state, memory)
         torch.testing.assert_close(found, logits[:, t])
         for b in range(M):
             _, naive_state[b], expected = naive.step(
-                int(CAPTIONS[b, t]), naive_state[b], memory[b].numpy()
+                int(CAPTIONS[b, t]), naive_state[b], features[b].numpy()
             )
             np.testing.assert_allclose(attention[b].detach().numpy(), expected, atol=1e-5)
 
 
-def test_grouped_images(decoder, memory):
-    """With `image_index`, captions share images as if each image had been repeated."""
-    index = torch.tensor([2, 0, 2])
-    torch.testing.assert_close(
-        decoder(memory, CAPTIONS, image_index=index), decoder(memory[index], CAPTIONS)
-    )
+def test_predictions_by_index(decoder, features):
+    """`image_index` selects the image of each caption, and `targets` rows of all the logits."""
+    index, targets = torch.tensor([2, 0, 2]), torch.tensor([0, 3, 9])
+    logits = decoder(features[index], CAPTIONS).flatten(0, 1)
+    found = decoder.predict(decoder.memory(features), CAPTIONS, index, targets)
+    torch.testing.assert_close(found, logits[targets])
 
 
-def test_positions(decoder, memory):
-    """With `positions`, the logits are those rows of all logits."""
-    positions = torch.tensor([0, 3, 9])
-    torch.testing.assert_close(
-        decoder(memory, CAPTIONS, positions), decoder(memory, CAPTIONS).flatten(0, 1)[positions]
-    )
-
-
-def test_order_of_positions(decoder, memory):
+def test_order_of_positions(decoder, features):
     """Permuting the positions of an image permutes the attention and changes no logit."""
     order = torch.randperm(P, generator=torch.Generator().manual_seed(2))
-    tokens, state = torch.full((M,), 1), decoder.init_state(memory)
+    memory, tokens = decoder.memory(features), torch.full((M,), 1)
+    state = decoder.init_state(memory)
     logits, _, attention = decoder.step(tokens, state, memory)
-    permuted = decoder.step(tokens, state, memory[:, order])
+    permuted = decoder.step(tokens, state, decoder.memory(features[:, order]))
     torch.testing.assert_close(permuted[0], logits)
     torch.testing.assert_close(permuted[2], attention[:, order])
 
 
-def test_attention_differs_between_words(decoder, memory):
+def test_attention_differs_between_words(decoder, features):
     """The attention weights are a distribution over the positions that depends on the words."""
-    decoded = generate(decoder, memory, beam_size=2, max_len=5)
-    attention = decoded.attention[:, :2]  # (M, 2, P)
+    decoded = generate(decoder, features, beam_size=2, max_len=5)
+    attention = decoded.attention[:, 0, :2]  # (M, 2, P)
     torch.testing.assert_close(attention.sum(2), torch.ones(M, 2))
     assert (attention[:, 0] - attention[:, 1]).abs().sum(1).min() > 1e-3
 
@@ -96,9 +92,8 @@ def test_trained_attention_finds_the_object():
     86 % to 99 % were on the object.
     """
     torch.manual_seed(0)
-    decoder = AttentionDecoder(16, 32, 10)
-    encode = torch.nn.Linear(6, 32)
-    optimizer = torch.optim.Adam([*decoder.parameters(), *encode.parameters()], 0.01)
+    decoder = AttentionDecoder(16, 32, 10, 6)
+    optimizer = torch.optim.Adam(decoder.parameters(), 0.01)
 
     def scenes(count):
         objects = torch.stack([torch.randint(3, (count,)), 3 + torch.randint(3, (count,))], 1)
@@ -110,24 +105,24 @@ def test_trained_attention_finds_the_object():
 
     for _ in range(300):
         images, captions, _ = scenes(64)
-        logits = decoder(encode(images), captions).flatten(0, 1)
+        logits = decoder(images, captions).flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, captions[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     images, captions, positions = scenes(100)
-    decoded = generate(decoder.eval(), encode(images).detach())
-    assert (decoded.tokens == captions[:, 1:]).float().mean() > 0.95
-    on_object = decoded.attention[:, :2].gather(2, positions.unsqueeze(2))
+    decoded = generate(decoder.eval(), images)
+    assert (decoded.tokens[:, 0] == captions[:, 1:]).float().mean() > 0.95
+    on_object = decoded.attention[:, 0, :2].gather(2, positions.unsqueeze(2))
     assert on_object.mean((0, 2)).min() > 0.5
 
 
 def test_heads_must_divide():
     """An embedding that cannot be divided among the heads is refused."""
     with pytest.raises(ValueError, match="not divisible"):
-        AttentionDecoder(10, 12, V, num_heads=4)
+        AttentionDecoder(10, 12, V, C, num_heads=4)
 
 
-def test_loss_in_chunks(decoder, memory, monkeypatch):
+def test_loss_in_chunks(decoder, features, monkeypatch):
     """The loss of a batch grouped by image is the sum over captions, whatever the chunks are."""
 
     class Model(torch.nn.Module):
@@ -137,19 +132,19 @@ def test_loss_in_chunks(decoder, memory, monkeypatch):
             super().__init__()
             self.decoder = decoder
 
-        def encode(self, features, precomputed):
+        def encode(self, images, features):
             return features
 
     index = torch.tensor([2, 0, 2])
     naive = NaiveAttentionDecoder(decoder)
     expected = sum(
         -log_softmax(row)[word]
-        for image, caption in zip(memory[index].numpy(), CAPTIONS.tolist(), strict=True)
+        for image, caption in zip(features[index].numpy(), CAPTIONS.tolist(), strict=True)
         for row, word in zip(naive.teacher_forcing(image, caption), caption[1:], strict=True)
         if word != 0
     )
     for chunk_size in (1, 2, 64):
-        monkeypatch.setattr("losses.CHUNK_SIZE", chunk_size)
-        nll, tokens = TeacherForcing(Model(), True)(memory, CAPTIONS, image_index=index)
-        assert tokens.item() == 5 + 2 + 4
-        assert nll.item() == pytest.approx(expected, rel=1e-5)
+        monkeypatch.setattr(cross_entropy, "CHUNK_SIZE", chunk_size)
+        sums = TeacherForcing(Model())(Batch(None, CAPTIONS, None, index, features))
+        assert sums["targets"].item() == 5 + 2 + 4
+        assert sums["loss"].item() == pytest.approx(expected, rel=1e-5)

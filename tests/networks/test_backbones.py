@@ -349,11 +349,12 @@ def test_last_stage(name, first, pooled):
     assert not stage & {id(weight) for norm in norms for weight in norm.parameters()}
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vit_b_32", "timm/mixer_s32_224"])
-def test_no_last_stage(name):
+@pytest.mark.parametrize("backbone", ["alexnet", "vit_b_32", nn.Conv2d(3, 8, 3)])
+def test_no_last_stage(backbone):
     """A network without a known last stage is refused in one sentence."""
+    name = backbone if isinstance(backbone, str) else "Conv2d"
     with pytest.raises(ValueError, match=f"^the last stage of {name} is not known; use [^\n]*$"):
-        last_stage(nn.Sequential(nn.Conv2d(3, 3, 1)), name)
+        EncoderCNN(16, backbone, None, fine_tune="last", image_size=224)
 
 
 @pytest.mark.parametrize("pooled", [True, False])

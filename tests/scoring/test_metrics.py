@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from captioning.base.tokens import TOKENIZER, tokenize
-from captioning.learning.losses import TeacherForcing
-from captioning.scoring.metrics import (
-    caption_scores,
-    diagnostics,
-    java_scores,
-    perplexity,
-    unk_rate,
-)
+from captioning.scoring.cross_entropy import cross_entropy
+from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
 from model import CaptionModel, ModelConfig
+from vocabulary import Vocabulary
 
 CANDIDATES = ["a dog runs on the grass", "a red bus in the street", "two cats sleep"]
 REFERENCES = [
@@ -26,7 +21,7 @@ REFERENCES = [
 
 
 def scores_of(candidates, references):
-    return caption_scores(candidates, references, tokenize, TOKENIZER)[0]
+    return caption_scores(candidates, references)[0]
 
 
 def ngrams(words, n):
@@ -99,31 +94,28 @@ def test_perplexity_by_hand():
 
 def test_perplexity_of_a_uniform_model():
     """A model that predicts every word with equal probability has perplexity `vocab_size`."""
-    words = ["<pad>", "<start>", "<end>", "<unk>", "a", "dog", "cat"]
+    vocab = Vocabulary.build(["a dog", "a cat"], threshold=1)
     config = ModelConfig(backbone="mobilenet_v3_small", image_size=32, embed_size=4, hidden_size=4)
-    model = CaptionModel(words, config, weights=None).eval()
+    model = CaptionModel(vocab, config, weights=None).eval()
     torch.nn.init.zeros_(model.decoder.linear.weight)
     torch.nn.init.zeros_(model.decoder.linear.bias)
     captions = torch.tensor([[1, 4, 5, 6, 2], [1, 5, 2, 0, 0]])
-    nll, tokens = TeacherForcing(model)(torch.rand(2, 3, 32, 32), captions)
-    assert perplexity(nll.item(), int(tokens)) == pytest.approx(7)
+    sums = cross_entropy(model, torch.rand(2, 4), captions)
+    assert int(sums["targets"]) == 6
+    assert perplexity(sums["loss"].item(), 6) == pytest.approx(len(vocab)) == pytest.approx(7)
 
 
-def test_perplexity_without_tokens():
-    """A perplexity without target tokens is an error."""
+def test_extreme_perplexities():
+    """However large the loss, the perplexity is finite; without a target token it is an error."""
+    assert math.isfinite(perplexity(1e9, 1))
     with pytest.raises(ValueError, match="at least one"):
         perplexity(0.0, 0)
 
 
-def test_perplexity_does_not_overflow():
-    """However large the loss, the perplexity is a finite number."""
-    assert math.isfinite(perplexity(1e9, 1))
-
-
 def test_unk_rate():
     """The fraction of words that are not in the vocabulary; 0 without words."""
-    assert unk_rate(["a dog runs", "a giraffe!"], {"a", "dog"}, tokenize) == pytest.approx(2 / 5)
-    assert unk_rate([], {"a"}, tokenize) == 0
+    assert unk_rate(["a dog runs", "a giraffe!"], {"a", "dog"}) == pytest.approx(2 / 5)
+    assert unk_rate([], {"a"}) == 0
 
 
 # ---------------------------------------------------------------------------- scores
@@ -137,37 +129,28 @@ def test_bleu(n):
     )
 
 
-def test_rouge():
-    """ROUGE-L is the mean over the images of its definition."""
-    expected = [
-        naive_rouge(tokenize(text), [tokenize(reference) for reference in references])
-        for text, references in zip(CANDIDATES, REFERENCES, strict=True)
-    ]
-    assert scores_of(CANDIDATES, REFERENCES)["ROUGE-L"] == pytest.approx(sum(expected) / 3)
-
-
-def test_cider():
-    """The CIDEr-D of each image equals its definition, and the score is their mean."""
+def test_rouge_and_cider():
+    """ROUGE-L and CIDEr-D are the means over the images of their definitions."""
+    candidates = [tokenize(text) for text in CANDIDATES]
     truth = [[tokenize(text) for text in texts] for texts in REFERENCES]
-    expected = [naive_cider(tokenize(text), row, truth) for row, text in enumerate(CANDIDATES)]
-    scores, per_image = caption_scores(CANDIDATES, REFERENCES, tokenize, TOKENIZER)
-    assert per_image == pytest.approx(expected)
-    assert scores["CIDEr-D"] == pytest.approx(sum(expected) / 3) and max(expected) > 1
+    rouge = [naive_rouge(*pair) for pair in zip(candidates, truth, strict=True)]
+    cider = [naive_cider(words, row, truth) for row, words in enumerate(candidates)]
+    scores, per_image = caption_scores(CANDIDATES, REFERENCES)
+    assert per_image == pytest.approx(cider) and max(cider) > 1
+    assert scores["CIDEr-D"] == pytest.approx(sum(cider) / 3)
+    assert scores["ROUGE-L"] == pytest.approx(sum(rouge) / 3)
     assert scores["tokenizer"] == TOKENIZER
 
 
-def test_perfect_captions():
-    """Captions that equal their references but for case and punctuation score 1."""
-    texts = ["a dog runs on the grass", "two cats sleep in a bed"]
-    scores = scores_of(texts, [[text.upper() + "."] for text in texts])
+@pytest.mark.parametrize(
+    "candidates, expected", [(["A dog runs on grass.", "two cats sleep in bed"], 1), (["", ""], 0)]
+)
+def test_best_and_worst_captions(candidates, expected):
+    """Captions that equal their references but for case and punctuation score 1, empty ones 0."""
+    scores = scores_of(candidates, [["a dog runs on GRASS"], ["two cats sleep, in bed!"]])
     for name in ("BLEU-1", "BLEU-4", "ROUGE-L"):
-        assert scores[name] == pytest.approx(1)
-
-
-def test_captions_without_words():
-    """Empty captions score 0."""
-    scores = scores_of(["", "", ""], REFERENCES)
-    assert {scores[name] for name in ("BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D")} == {0}
+        assert scores[name] == pytest.approx(expected)
+    assert (scores["CIDEr-D"] > 0) == expected
 
 
 def test_scores_follow_the_image(capsys):
@@ -189,46 +172,20 @@ def test_lists_that_do_not_match(candidates, references):
         scores_of(candidates, references)
 
 
-def test_without_java(monkeypatch):
-    """Without Java, METEOR and SPICE are None, with the reason."""
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    scores, _ = caption_scores(CANDIDATES, REFERENCES, tokenize, TOKENIZER, java=True)
-    assert scores["METEOR"] is None and scores["SPICE"] is None
-    assert scores["METEOR left out"] == "there is no java command"
-    assert scores["BLEU-1"] > 0
-
-
-class FailingMeteor:
-    def compute_score(self, truth, result):
-        raise RuntimeError("no such jar")
-
-
-class WorkingSpice:
-    def compute_score(self, truth, result):
-        return 0.5, []
-
-
-def test_java_that_fails(monkeypatch):
-    """A Java scorer that fails gives None and the reason; the other is still computed."""
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/java")
-    monkeypatch.setattr("pycocoevalcap.meteor.meteor.Meteor", FailingMeteor)
-    monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", WorkingSpice)
-    scores = java_scores({0: ["a dog"]}, {0: ["a dog"]})
-    assert scores == {"METEOR": None, "METEOR left out": "RuntimeError: no such jar", "SPICE": 0.5}
-
-
 # ---------------------------------------------------------------------------- diagnostics
 
 
 def test_diagnostics_by_hand():
     """Distinct captions, copies of training captions, words used, and the mean length."""
-    words = ["<pad>", "<start>", "<end>", "<unk>", "a", "dog", "cat", "runs"]
-    captions = ["a dog", "A dog.", "a cat runs", "a dog runs"]
-    assert diagnostics(captions, ["A dog!", "the cat runs"], words, tokenize) == {
+    captions = ["a dog", "A dog.", "a cat runs", "a dog runs with a"]
+    expected = {
         "distinct": 3 / 4,
         "copied from train": 2 / 4,
-        "bad endings": 0,
-        "vocabulary used": 4,
+        "bad endings": 1 / 4,
+        "vocabulary used": 5,
         "vocabulary size": 8,
-        "mean length": 10 / 4,
+        "mean length": 12 / 4,
     }
+    assert diagnostics(captions, ["A dog!", "the cat runs"], 8) == expected
+    del expected["copied from train"]  # unknown without training captions
+    assert diagnostics(captions, [], 8) == expected

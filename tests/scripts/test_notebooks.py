@@ -8,77 +8,73 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
-from nbformat import NotebookNode
 from PIL import Image, ImageDraw
-from run_notebooks import (
-    NOTEBOOKS,
-    add_alt_text,
-    compress_figure,
-    encode,
-    main,
-    override,
-    parameter,
-)
+from run_notebooks import NOTEBOOKS, compress, main, override, parameter
 
-from captioning.scenes.synthetic import write_synthetic
+from captioning.scenes.dataset import write_synthetic
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path, options):
     write_synthetic(tmp_path / "data", {"train": 60, "val": 20, "test": 20})
-    options = {"epochs": 1, "embed_size": 32, "hidden_size": 32} | options
-    command = [
-        sys.executable,
-        "scripts/run_notebooks.py",
-        "--out",
-        tmp_path / "notebooks",
-        "-p",
-        f"DATA_DIR={str(tmp_path / 'data')!r}",
-        "-p",
-        f"RUN_DIR={str(tmp_path / 'run')!r}",
-        "-p",
-        f"OPTIONS={options!r}",
-    ]
+    parameters = {
+        "DATA_DIR": str(tmp_path / "data"),
+        "RUN_DIR": str(tmp_path / "run"),
+        "OPTIONS": {"epochs": 1, "embed_size": 32, "hidden_size": 32} | options,
+    }
+    command = [sys.executable, "scripts/run_notebooks.py", "--out", tmp_path / "notebooks"]
+    for name, value in parameters.items():
+        command += ["-p", f"{name}={value!r}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The output of a run of all notebooks, and its folder."""
+    """What a run of all notebooks prints, and the code cells of each."""
     before = {name: (ROOT / f"{name}.ipynb").read_bytes() for name in NOTEBOOKS}
     folder = tmp_path_factory.mktemp("notebooks")
     result = run(folder, {})
     assert result.returncode == 0, result.stderr
     assert before == {name: (ROOT / f"{name}.ipynb").read_bytes() for name in NOTEBOOKS}
-    return result.stdout, folder
+    notebooks = {n: json.loads((folder / f"notebooks/{n}.ipynb").read_text()) for n in NOTEBOOKS}
+    return result.stdout, {
+        name: [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        for name, notebook in notebooks.items()
+    }
 
 
 def test_every_cell_ran_without_error_or_warning(executed):
-    """All code cells ran once, in order, with nothing on standard error."""
-    for name in NOTEBOOKS:
-        notebook = json.loads((executed[1] / "notebooks" / f"{name}.ipynb").read_text())
-        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    """All code cells ran once, in order, with nothing on standard error and no time stamps."""
+    for name, cells in executed[1].items():
         assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1)), name
         outputs = [output for cell in cells for output in cell["outputs"]]
         assert not [o for o in outputs if o.get("name") == "stderr"], name
+        assert not [cell for cell in cells if "execution" in cell["metadata"]]
+
+
+def test_alternative_text(executed):
+    """The comment `# alt: ..` of a cell, of one or several lines, describes its figures."""
+    kinds = set()
+    for cell in (cell for cells in executed[1].values() for cell in cells):
+        source = "".join(cell["source"])
+        for output in cell["outputs"]:
+            for kind in output.get("data", {}).keys() & {"image/png", "image/jpeg"}:
+                kinds.add(kind)
+                text = output["metadata"][kind]["alt"]
+                assert "\n" not in text and "#" not in text
+                assert source.replace("\n#", "").startswith(f"# alt: {text}\n")
+    assert kinds == {"image/png", "image/jpeg"}
 
 
 def test_the_report(executed):
     """The run ends with the dataset, scores, files, and five pairs of captions."""
-    for text in (
-        "synthetic",
-        "vocabulary size",
-        "validation perplexity",
-        "test BLEU-4",
-        "test CIDEr-D",
-        "scenes exactly right",
-        "best.pt",
-        "notebooks",
-    ):
+    names = "vocabulary size, validation perplexity, test BLEU-4, test CIDEr-D, best.pt, notebooks"
+    for text in ("synthetic", "scenes exactly right", *names.split(", ")):
         assert text in executed[0], text
     assert executed[0].count("\n  actual") == executed[0].count("\n  predicted") == 5
 
@@ -91,15 +87,18 @@ def test_a_failing_cell_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["DATASET=coco2017", "DATASET=coco 2017", "DATA_DIR=data/coco", "EPOCHS=1 2", "FIRST"]
+    "text, message",
+    [(text, text) for text in ("DATASET=coco2017", "DATA_DIR=data/coco", "EPOCHS=1 2", "FIRST")]
+    + [("EPOCHS=1", "no notebook has a parameter EPOCHS")],
 )
-def test_a_parameter_without_quotes_is_explained(text, monkeypatch, capsys):
-    """A value that is not a Python literal is an error with an example of the quotes."""
+def test_a_wrong_parameter_is_explained(text, message, monkeypatch, capsys):
+    """An unknown name is an error, and so is a value without quotes, with an example of them."""
     monkeypatch.setattr(sys, "argv", ["run_notebooks.py", "-p", text])
     with pytest.raises(SystemExit) as stopped:
         main()
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and text in message and "'DATASET=\"coco2017\"'" in message
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error
+    assert "'DATASET=\"coco2017\"'" in error or message != text
 
 
 @pytest.mark.parametrize(
@@ -111,28 +110,24 @@ def test_parameters_are_python_literals(text, value):
 
 
 def test_override_changes_one_parameter():
-    """Overriding one parameter does not change the lines of the others."""
+    """A parameter that a notebook has is overridden; the others, and other cells, stay."""
     source = "A = 1  # one\nB = {\n    2: 3,\n}  # two\nC = 4  # three"
-    assert override(source, {"B": "x"}) == "A = 1  # one\nB = 'x'\nC = 4  # three"
+    cells = [nbformat.v4.new_code_cell(text) for text in ("B = 5", source)]
+    cells[1].metadata.tags = ["parameters"]
+    override(nbformat.v4.new_notebook(cells=cells), {"B": "x", "D": 6})
+    names = {}
+    exec(cells[1].source, names)
+    assert (names["A"], names["B"], names["C"], "D" in names) == (1, "x", 4, False)
+    assert cells[0].source == "B = 5"
 
 
 def test_diagrams_stay_sharp():
-    """A large diagram remains an exact PNG; a large photograph becomes a JPEG."""
+    """A diagram remains an exact PNG, which is smaller; a photograph becomes a JPEG."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     diagram = Image.new("RGB", (900, 500), "white")
     ImageDraw.Draw(diagram).line((0, 0, 900, 500), "black", 3)
     for picture, kind in ((Image.fromarray(noise), "image/jpeg"), (diagram, "image/png")):
-        data = {"image/png": encode(picture, "PNG")}
-        compress_figure(data, limit=1_000)
-        assert list(data) == [kind]
-    result = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-    assert result.tobytes() == diagram.tobytes()
-
-
-def test_alternative_text():
-    """The comment `# alt: ..` of a cell, of one or several lines, describes its figure."""
-    output = NotebookNode(data={"image/png": ""}, metadata={})
-    add_alt_text(output, "# alt: A line\n# chart.\ncurves(x)  # note\n# another comment")
-    assert output.metadata == {"image/png": {"alt": "A line chart."}}
-    add_alt_text(output := NotebookNode(data={"image/png": ""}, metadata={}), "# A comment\nf()")
-    assert output.metadata == {}
+        picture.save(file := io.BytesIO(), "PNG")
+        found, figure = compress(base64.b64encode(file.getvalue()).decode())
+        assert found == kind and len(figure) <= len(base64.b64encode(file.getvalue()))
+    assert Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB") == diagram

@@ -4,11 +4,14 @@ import pytest
 import torch
 from conftest import calibrated_weights, supported
 
-from captioning.base import distributed
-from captioning.base.distributed import autocast, resolve_precision
-from captioning.data.features import extract_features
+from captioning.base import device
+from captioning.base.device import autocast, resolve_precision
+from captioning.data.extraction import extract_features
 from captioning.learning.losses import TeacherForcing
-from model import CaptionModel, DecoderRNN, EncoderCNN, ModelConfig
+from captioning.networks.cnn import CNN
+from data_loader import Batch
+from model import CaptionModel, DecoderRNN, ModelConfig
+from vocabulary import Vocabulary
 
 CAPTIONS = torch.tensor([[1, 4, 2], [1, 5, 2]])
 
@@ -22,7 +25,7 @@ def tiny_model(precision):
         precision=precision,
     )
     words = ["<pad>", "<start>", "<end>", "<unk>", "a", "cat"]
-    return CaptionModel(words, config, calibrated_weights())
+    return CaptionModel(Vocabulary(words), config, calibrated_weights())
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def cpu(monkeypatch):
     def set_cpu(fast, lstm):
         capabilities = {"amx_bf16": fast, "avx512_bf16": False}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-        monkeypatch.setattr(distributed, "_lstm_supports_bfloat16", lambda device_type: lstm)
+        monkeypatch.setattr(device, "_lstm_supports_bfloat16", lambda name: lstm)
 
     return set_cpu
 
@@ -84,12 +87,12 @@ def test_unsupported_bfloat16(cpu, tmp_path):
 def test_any_cpu_that_claims_bfloat16(monkeypatch, capability):
     """Whatever a CPU claims, a training step works; the policy uses no random number."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True}, raising=False)
-    distributed._lstm_supports_bfloat16.cache_clear()
+    device._lstm_supports_bfloat16.cache_clear()
     model, state = tiny_model("auto"), torch.get_rng_state()
     resolve_precision("cpu", "auto")
     assert torch.equal(torch.get_rng_state(), state)
-    nll, _ = TeacherForcing(model)(torch.rand(2, 3, 64, 64), CAPTIONS)
-    nll.backward()
+    batch = Batch(torch.rand(2, 3, 64, 64), CAPTIONS, None, None)
+    TeacherForcing(model)(batch)["loss"].backward()
     assert model.decoder.lstm.weight_hh_l0.grad.isfinite().all()
 
 
@@ -97,9 +100,9 @@ def test_any_cpu_that_claims_bfloat16(monkeypatch, capability):
 def test_first_call_without_gradients(monkeypatch, no_gradients):
     """The result, which is kept, does not depend on whether the first call has gradients."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    distributed._lstm_supports_bfloat16.cache_clear()
+    device._lstm_supports_bfloat16.cache_clear()
     expected = resolve_precision("cpu", "auto")
-    distributed._lstm_supports_bfloat16.cache_clear()
+    device._lstm_supports_bfloat16.cache_clear()
     with no_gradients():
         assert resolve_precision("cpu", "auto") == expected
     assert resolve_precision("cpu", "auto") == expected
@@ -122,22 +125,18 @@ def generate(model, paths, folder):
 
 def loss(model, paths, folder):
     images = torch.stack([model.transform(path) for path in paths])
-    nll, _ = TeacherForcing(model)(images, CAPTIONS)
-    assert nll.dtype == torch.float32
+    sums = TeacherForcing(model)(Batch(images, CAPTIONS, None, None))
+    assert sums["loss"].dtype == torch.float32
 
 
 def extract(model, paths, folder):
-    extract_features(model.encoder, paths, model.transform, folder)
+    extract_features(model.encoder.cnn, paths, model.transform, folder, model.config.precision)
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 @pytest.mark.parametrize(
     "activity, owner, method",
-    [
-        (generate, DecoderRNN, "step"),
-        (loss, DecoderRNN, "forward"),
-        (extract, EncoderCNN, "forward_views"),
-    ],
+    [(generate, DecoderRNN, "step"), (loss, DecoderRNN, "predict"), (extract, CNN, "views")],
 )
 def test_one_precision(shared_dataset, tmp_path, monkeypatch, precision, activity, owner, method):
     """Captioning, the loss and feature extraction compute in the precision of the config.

@@ -1,15 +1,57 @@
-"""Filled shapes as RGBA pixels, in exact integer arithmetic: identical on every machine.
+"""The image of a scene, drawn in exact integer arithmetic: identical on every machine.
 
-canvas = rasterize(["#c03020 ellipse 10 10 90 90"], side=32, paints={}, rng=Random("x"))
-downsample(canvas)    # (32, 32, 4), premultiplied RGBA
+artwork.json holds the paints, and the shapes of each object and background as steps such as
+"#c03020 ellipse 10 10 90 90"; see `rasterize` and `fill_shape` for the syntax.
 """
 
+import json
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import numpy as np
+from PIL import Image
+
+from captioning.scenes.scene import IMAGE_SIDE, STANDING, Scene
 
 SUPERSAMPLING = 4  # sub-pixels per pixel and axis, averaged for smooth edges
+ARTWORK = json.loads((Path(__file__).parent / "artwork.json").read_text())
+PAINTS = ARTWORK["paints"]
+
+
+def render(scene: Scene) -> Image.Image:
+    """The RGB image of a scene, IMAGE_SIDE x IMAGE_SIDE pixels."""
+    image = render_background(scene.background, scene.variant).copy()
+    for thing in scene.things:
+        sprite = render_sprite(thing.name, thing.colour, thing.side)
+        sprite = sprite[:, ::-1] if thing.flipped else sprite
+        box = image[thing.y : thing.y + thing.side, thing.x : thing.x + thing.side]
+        box[:] = sprite[..., :3] + box * (255 - sprite[..., 3:]) // 255
+    return Image.fromarray(image)
+
+
+@cache
+def render_background(name: str, variant: int) -> np.ndarray:
+    """A background, (IMAGE_SIDE, IMAGE_SIDE, 3) uint8; odd variants are the flipped even ones."""
+    if variant % 2:
+        return render_background(name, variant - 1)[:, ::-1]
+    canvas = rasterize(ARTWORK[name], IMAGE_SIDE, PAINTS, Random(f"{name} {variant}"))
+    return downsample(canvas)[..., :3].astype(np.uint8)
+
+
+@cache
+def render_sprite(name: str, colour: str, side: int) -> np.ndarray:
+    """An object as premultiplied RGBA, (side, side, 4), with a shadow and a cream outline."""
+    body = rasterize(ARTWORK[name], side, PAINTS | ARTWORK["colours"][colour], Random(name))
+    opaque = body[..., 3] > 0
+    disc = [(i, j) for i in range(-5, 6) for j in range(-5, 6) if i * i + j * j <= 25]
+    outline = np.any([np.roll(opaque, shift, (0, 1)) for shift in disc], axis=0)
+    shadow = ARTWORK["shadow"] if name in STANDING else []
+    canvas = rasterize(shadow, side, PAINTS, Random(name))
+    canvas[outline] = rgba(PAINTS["cream"])
+    canvas[opaque] = body[opaque]
+    return downsample(canvas)
 
 
 def downsample(canvas: np.ndarray) -> np.ndarray:
@@ -42,9 +84,7 @@ def fill_shape(canvas: np.ndarray, words: list[str], shift: tuple[int, int], pai
     in percent. `line:3` is 3 % of the canvas wide on either side (default 1 %).
     """
     paint, shape, *numbers = words
-    paint, _, opacity = paint.partition("~")
-    first, _, last = paint.partition("-")
-    start, end = (rgba(paints.get(name, name)) for name in (first, last or first))
+    start, end, opacity = parse_paint(paint, paints)
     shape, _, width = shape.partition(":")
     size = len(canvas)
     # Lengths are in half sub-pixels, so that the centres of sub-pixels are odd integers.
@@ -57,7 +97,15 @@ def fill_shape(canvas: np.ndarray, words: list[str], shift: tuple[int, int], pai
     x, y = centres[None, cols] - dx, centres[rows, None] - dy
     colour = start + (end - start) * (y[..., None] - top) // max(1, bottom - top)
     part, mask = canvas[rows, cols], shape_mask(shape, n, width, x, y)[..., None]
-    part += mask * ((colour.astype(np.int32) - part) * int(opacity or 100) // 100)
+    part += mask * ((colour.astype(np.int32) - part) * opacity // 100)
+
+
+def parse_paint(paint: str, paints: dict[str, str]) -> tuple[np.ndarray, np.ndarray, int]:
+    """The colours at the top and at the bottom of a shape, and its opacity in percent."""
+    paint, _, opacity = paint.partition("~")
+    top, _, bottom = paint.partition("-")
+    start, end = (rgba(paints.get(name, name)) for name in (top, bottom or top))
+    return start, end, int(opacity or 100)
 
 
 def rgba(paint: str) -> np.ndarray:

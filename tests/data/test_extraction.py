@@ -1,0 +1,318 @@
+"""Features of images: what is computed, when it is loaded instead, and images that are unreadable.
+
+The oracle computes one image at a time, without a cache.
+"""
+
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import calibrated_weights, supported
+from PIL import Image
+from torchvision.transforms import v2
+
+from captioning.base.device import resolve_precision
+from captioning.data import extraction
+from captioning.data.extraction import (
+    ReadableImages,
+    extract_features,
+    find_bad_images,
+    fingerprint,
+)
+from captioning.data.images import BadImageError, centre_crop, eval_transform
+from captioning.networks.cnn import CNN
+
+transform = eval_transform(64)
+
+
+def new_cnn(cnn_class=CNN, **options):
+    return cnn_class("mobilenet_v3_small", calibrated_weights(), image_size=64, **options)
+
+
+@pytest.fixture(scope="module")
+def cnn():
+    return new_cnn()
+
+
+@pytest.fixture
+def paths(dataset):
+    return sorted((dataset / "images").iterdir())
+
+
+@pytest.fixture
+def extract(cnn, tmp_path):
+    """`extract_features` in float32."""
+
+    def run(paths, cnn=cnn, transform=transform, precision="float32", **options):
+        return extract_features(cnn, paths, transform, tmp_path, precision, **options)
+
+    return run
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The image files that are opened, in order."""
+    files, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file: files.append(file) or original(file))
+    return files
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Five images per file: the dozen images make three files, the last one smaller."""
+    monkeypatch.setattr(extraction, "SHARD_SIZE", 5)
+
+
+def assert_right(found, cnn, paths, transform=transform):
+    with torch.no_grad():
+        expected = torch.cat([cnn.eval().views(transform(p)[None]) for p in paths]).numpy()
+    assert found.shape == expected.shape and found[[0]].dtype == np.float16
+    np.testing.assert_allclose(found[range(len(found))], expected, rtol=2e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"pooled": False}], ids=str)
+def test_features(paths, extract, options):
+    """The features are those of the CNN, of each view and each position, in float16."""
+    cnn = new_cnn(**options)
+    found, bad = extract(paths, cnn)
+    assert_right(found, cnn, paths)
+    assert bad == {} and found.shape[:3] == (12, 1 + cnn.flip, 1 if cnn.pooled else 4)
+
+
+@pytest.mark.parametrize("fine_tune", ["none", "all"])
+def test_the_cnn_keeps_its_mode(paths, extract, fine_tune):
+    """Features are computed in eval mode, and the CNN keeps the mode that it was in."""
+    cnn = new_cnn(fine_tune=fine_tune).train()
+    found, _ = extract(paths, cnn)
+    assert cnn.training == (fine_tune == "all")
+    assert_right(found, cnn, paths)
+
+
+def test_worker_processes(cnn, extract, paths):
+    """Worker processes give the same features; what they get can be pickled."""
+    images = pickle.loads(pickle.dumps(ReadableImages(paths, transform)))
+    assert torch.equal(images[3][0], transform(paths[3]))
+    assert_right(extract(paths, num_workers=2)[0], cnn, paths)
+
+
+# ---------------------------------------------------------------------------- the cache
+
+
+def test_second_call_opens_no_image(cnn, extract, paths, opened, small_shards):
+    """Features are computed into files, and loaded from them without opening an image."""
+    for _ in range(2):
+        found, _ = extract(paths)
+        assert opened == paths
+    assert [len(np.load(file)) for file in found.files] == [5, 5, 2]
+    assert_right(found, cnn, paths)
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "image", "time", "size", "order", "flip", "pooled", "precision"]
+)
+def test_other_input_is_computed(paths, extract, opened, change):
+    """Features of another CNN, precision, image size or images are not used for these."""
+    cnn, size, precision = new_cnn(), 64, "float32"
+    extract(paths, cnn)
+    opened.clear()
+    if change == "weights":
+        cnn.network.state_dict()["features.0.0.weight"][0, 0, 0, 0] += 1e-3
+    if change == "image":
+        Image.new("RGB", (48, 48), "red").save(paths[3])
+    if change == "time":
+        os.utime(paths[0], (1, 1))
+    if change == "size":
+        size = 80
+    if change == "order":
+        paths.reverse()
+    if change in ("flip", "pooled"):
+        cnn = new_cnn(**{change: change == "flip"})
+    if change == "precision":
+        precision = supported("bfloat16")
+    found, _ = extract(paths, cnn, eval_transform(size), precision)
+    assert opened == paths
+    if change != "precision":  # the oracle computes in float32
+        assert_right(found, cnn, paths, eval_transform(size))
+
+
+def test_precision_auto(cnn, paths):
+    """The cache of precision "auto" is that of the precision it selects."""
+    selected = resolve_precision("cpu", "auto")
+    auto, same, float32 = (
+        fingerprint(cnn, paths, transform, precision) for precision in ("auto", selected, "float32")
+    )
+    assert auto == same and (auto == float32) == (selected == "float32")
+
+
+def grey(image, size, interpolation):
+    return centre_crop(image, size, interpolation).convert("L").convert("RGB")
+
+
+class Squared(CNN):
+    def views(self, images):
+        return super().views(images) ** 2
+
+
+@pytest.mark.parametrize("changed", ["transform", "class", "layers"])
+def test_other_code_is_computed(extract, paths, changed):
+    """Transforms or CNNs with the same weights that differ in their code never share features."""
+    options = {"cnn": new_cnn()}
+    usual = extract(paths, **options)[0][range(12)]
+    if changed == "transform":
+        crop = partial(grey, size=64, interpolation="bilinear")
+        options["transform"] = v2.Compose([v2.Lambda(crop), *transform.transforms[1:]])
+        assert repr(options["transform"]) == repr(transform)
+    if changed == "class":
+        options["cnn"] = new_cnn(Squared)
+    if changed == "layers":
+        options["cnn"].network.avgpool = torch.nn.AdaptiveMaxPool2d(1)
+    found, _ = extract(paths, **options)
+    assert not np.allclose(found[range(12)], usual, rtol=2e-3, atol=1e-3)
+    assert_right(found, options["cnn"], paths, options.get("transform", transform))
+
+
+def test_runs_that_share_a_cache(cnn, extract, paths, opened):
+    """Of two runs that need the same features at the same time, one computes them for both."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(extract, paths) for _ in range(2)]
+        found = [job.result()[0] for job in jobs]
+    assert sorted(opened) == paths
+    for array in found:
+        assert_right(array, cnn, paths)
+
+
+# ---------------------------------------------------------------------------- faults
+
+
+def test_interruption(cnn, extract, paths, opened, monkeypatch, small_shards):
+    """After an interruption, at most one file of features is computed again."""
+    original, calls = CNN.views, []
+
+    def views(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # after the probe and the first file
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CNN, "views", views)
+        with pytest.raises(KeyboardInterrupt):
+            extract(paths)
+    opened.clear()
+    found, _ = extract(paths)
+    assert opened == paths[5:]
+    assert_right(found, cnn, paths)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "deleted", "too short", "no array"])
+def test_damaged_shard(cnn, extract, paths, tmp_path, opened, damage, small_shards):
+    """A damaged or deleted file of features is computed again, and only this one."""
+    extract(paths)
+    file = sorted(tmp_path.glob("*/*.npy"))[1]
+    content = file.read_bytes()
+    replaced = {"truncated": content[:-100], "empty": b"", "no array": b"text" * 99}
+    if damage == "deleted":
+        file.unlink()
+    elif damage == "too short":
+        np.save(file, np.load(file)[:4])
+    else:
+        file.write_bytes(replaced[damage])
+    opened.clear()
+    found, _ = extract(paths)
+    assert opened == paths[5:10]
+    assert_right(found, cnn, paths)
+
+
+def test_shards_of_another_rank_are_missing(cnn, extract, paths, monkeypatch, small_shards):
+    """Files that another rank did not write are an error, and are computed at the next start."""
+    compute = extraction.compute_shards
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            extraction, "compute_shards", lambda *args: compute(*args[:4], args[4][:-1], *args[5:])
+        )
+        with pytest.raises(OSError, match="00000010.npy is missing"):
+            extract(paths)
+    assert_right(extract(paths)[0], cnn, paths)
+
+
+def test_too_small_a_disk(cnn, extract, paths, tmp_path, monkeypatch, small_shards):
+    """A disk without room for all missing features is an error before any image is encoded."""
+    usage, needed = namedtuple("usage", "total used free"), 12 * cnn.feature_size * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed - 1))
+        with pytest.raises(OSError, match="choose another --cache-dir") as caught:
+            extract(paths)
+        assert len(str(caught.value).splitlines()) == 1
+        assert not list(tmp_path.glob("*/*.npy"))
+        patch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed))
+        assert_right(extract(paths)[0], cnn, paths)
+
+
+# ---------------------------------------------------------------------------- bad images
+
+
+def damage(paths):
+    """Damage three images; their row numbers."""
+    paths[2].write_bytes(b"no image")
+    paths[3].unlink()
+    paths[11].write_bytes(b"")
+    return [2, 3, 11]
+
+
+def test_bad_images(cnn, extract, paths, small_shards):
+    """With `skip_bad`, all images that cannot be read are listed, and their features are zero."""
+    rows = damage(paths)
+    good = [row for row in range(12) if row not in rows]
+    for _ in range(2):  # computed, then loaded
+        found, bad = extract(paths, skip_bad=True)
+        assert sorted(bad) == rows == sorted(find_bad_images(paths, transform))
+        assert all(str(paths[row]) in reason for row, reason in bad.items())
+        assert not found[rows].any()
+        assert_right(found[good], cnn, [paths[row] for row in good])
+
+
+def test_bad_images_are_an_error(extract, paths, small_shards):
+    """Without `skip_bad`, an error names all images that cannot be read, and no other."""
+    rows = damage(paths)
+    with pytest.raises(BadImageError) as caught:
+        extract(paths)
+    for row, path in enumerate(paths):
+        assert (str(path) in str(caught.value)) == (row in rows)
+
+
+@pytest.mark.parametrize("skip_bad", [True, False])
+def test_image_that_recovers(cnn, extract, paths, monkeypatch, skip_bad):
+    """An image that was temporarily unreadable is encoded by the next call that can read it."""
+    original, failing = Image.open, [paths[5]]
+
+    def fail_once(file):
+        if file in failing:
+            failing.remove(file)
+            raise OSError("the network is down")
+        return original(file)
+
+    monkeypatch.setattr(Image, "open", fail_once)
+    if skip_bad:
+        assert list(extract(paths, skip_bad=True)[1]) == [5]
+    else:
+        with pytest.raises(BadImageError, match=f"{paths[5].name}: the network is down"):
+            extract(paths)
+    found, bad = extract(paths)
+    assert bad == {}
+    assert_right(found, cnn, paths)
+
+
+def test_no_good_image(extract, paths):
+    """If no image can be read, all of them are listed."""
+    for path in paths:
+        path.write_bytes(b"no image")
+    assert sorted(extract(paths, skip_bad=True)[1]) == list(range(12))

@@ -1,0 +1,255 @@
+"""Runs that start from a checkpoint: new words, self-critical training, options."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import CAPTIONS, command_line, flag, tiny_config
+from two_processes import train, train_in_two_processes
+
+from captioning.base.checkpoints import load_safely, save
+from captioning.base.modules import select
+from captioning.base.options import names_with
+from captioning.decoding.beam_search import beam_search
+from captioning.learning import loop
+from captioning.learning.loop import fit
+from captioning.learning.new_words import LOG_ODDS
+from captioning.learning.options import CONTINUE, SELF_CRITICAL, config_for, parse_args
+from captioning.networks.config import INJECT
+from model import CaptionModel, ModelConfig
+from runs import assert_same_result, contents, ctrl_c, history_of
+from train import build_run, main
+from vocabulary import UNK, tokenize
+
+ROWS = ("decoder.embedding.weight", "decoder.linear.weight", "decoder.linear.bias")
+ATTEND = {"inject": "attend", "num_heads": 2, "dropout": 0.0}
+both = pytest.mark.parametrize("loss", ["cross-entropy", "self-critical"])
+
+
+@pytest.fixture(scope="module")
+def trained(shared_dataset):
+    """The config of a finished run, with the words that occur at least three times."""
+    options = {"epochs": 6, "learning_rate": 0.03, "out": f"{shared_dataset}/trained", **ATTEND}
+    config = tiny_config(shared_dataset, min_word_freq=3, **options)
+    fit(build_run(config))
+    return config
+
+
+@pytest.fixture
+def continued(trained, tmp_path):
+    """A config that continues `trained` for two epochs, with new words or self-critically."""
+
+    def new_config(loss, out="out", **changes):
+        options = {"epochs": 2, "out": str(tmp_path / out), "loss": loss, "learning_rate": 2e-3}
+        if loss == "self-critical":
+            options = SELF_CRITICAL | options
+        return replace(
+            trained,
+            init_from=f"{trained.out}/best.pt",
+            **options | {"min_word_freq": 2, "best_by": "cider", **changes},
+        )
+
+    return new_config
+
+
+@pytest.fixture
+def required(continued):
+    """The command line with the required options alone, and without a download or a GPU."""
+    config = continued("cross-entropy")
+    names = [*names_with(config, "required"), "out", "init_from", "cache_dir", "device"]
+    return [word for name in names for word in flag(name, getattr(config, name))]
+
+
+def words_of(minimum):
+    """The words that occur at least `minimum` times in CAPTIONS."""
+    words = [word for captions in CAPTIONS for text in captions for word in tokenize(text)]
+    return {word for word in words if words.count(word) >= minimum}
+
+
+# ---------------------------------------------------------------------------- new words
+
+
+@pytest.mark.parametrize("inject", [*INJECT, "attend"])
+def test_old_words_are_unchanged(shared_dataset, tmp_path, inject):
+    """All weights are those of the checkpoint, bit for bit; new words have rows behind the old.
+
+    Old words lose only the probability that the new words have: a fixed part of that of <unk>.
+    Their log-probability falls by log(1 + r p), where p is the probability of `<unk>` before.
+    """
+    path, options = str(tmp_path / "source.pt"), {"inject": inject, "out": str(tmp_path)}
+    source = build_run(tiny_config(shared_dataset, min_word_freq=3, **options)).model
+    save(source.checkpoint(), path)
+    after = build_run(tiny_config(shared_dataset, init_from=path, **options)).model.eval()
+    before = CaptionModel.from_checkpoint(path)
+    old, words = len(before.vocab), after.vocab.words
+    assert words[:old] == before.vocab.words
+    assert set(words[old:]) == words_of(1) - words_of(3) != set()
+    for name, weight in after.state_dict().items():
+        if name in ROWS:
+            assert len(weight) == len(words) and weight.isfinite().all()
+            weight = weight[:old]
+        assert torch.equal(weight, before.state_dict()[name]), name
+    images = before.preprocess(sorted((shared_dataset / "images").iterdir())[:3])
+    captions = torch.randint(3, old, (3, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, found = (m(images, captions).log_softmax(-1) for m in (before, after))
+    mass = math.exp(LOG_ODDS) * expected[..., UNK].exp()
+    assert mass.max() > 1e-3
+    loss = torch.log1p(mass).unsqueeze(-1)
+    torch.testing.assert_close(found[..., :old], expected - loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[..., old:].exp().sum(-1), mass / (1 + mass))
+
+
+def test_new_words_are_learned(continued, capsys):
+    """Training makes the new words of the captions more probable, and the card has its origin."""
+    config = continued("cross-entropy", epochs=4, learning_rate=0.01, best_by="loss")
+    run = build_run(config)
+    assert f"{len(words_of(2) - words_of(3))} new words: " in capsys.readouterr().out
+    start = run.model.decoder.linear.bias.detach().clone()
+    history = fit(run)
+    assert history[-1]["val_loss"] < 0.95 * history[0]["val_loss"]
+    model = CaptionModel.from_checkpoint(Path(config.out) / "last.pt")
+    new = slice(len(load_safely(config.init_from)["words"]), None)
+    assert (model.decoder.linear.bias[new] > start[new]).all()
+    assert "initialized from" in model.card
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+@both
+def test_history_begins_with_epoch_0(continued, loss, capsys):
+    """Epoch 0 is the model that the run starts from; it is best.pt unless an epoch is better.
+
+    Self-critical training adds no words, which its samples would not contain.
+    """
+    config = continued(loss, learning_rate=1e-30)  # changes nothing
+    assert main(command_line(config)) == 0
+    history, before = history_of(config.out), load_safely(config.init_from)
+    assert [line["epoch"] for line in history] == [0, 1, 2]
+    assert {"val_cider", "val_perplexity", "val_distinct", "val_bad_endings"} < history[0].keys()
+    best, old = load_safely(f"{config.out}/best.pt"), len(before["words"])
+    assert [line["epoch"] for line in best["history"]] == [0]
+    assert best["words"][:old] == before["words"]
+    for name, weight in before["model"].items():
+        row = slice(old) if name in ROWS else ...
+        assert torch.equal(best["model"][name][row], weight), name
+    if loss == "self-critical":
+        assert best["words"] == before["words"]
+        expected = min(line["val_loss"] for line in before["history"])
+        assert history[0]["val_loss"] == pytest.approx(expected)
+        assert "train_reward" not in history[0] and history[1]["train_reward"] > 0
+    rows = [row.split(",") for row in (Path(config.out) / "history.csv").read_text().splitlines()]
+    assert [dict(zip(rows[0], row, strict=True))["epoch"] for row in rows[1:]] == ["0", "1", "2"]
+    metrics = json.loads((Path(config.out) / "metrics.json").read_text())
+    assert metrics["CIDEr-D"] == pytest.approx(history[0]["val_cider"])
+    assert "epoch   0  val loss" in capsys.readouterr().out
+
+
+@both
+@pytest.mark.parametrize("after, save_every", [(0, 0), (2, 1), (4, 3)])
+def test_resumed_equals_uninterrupted(continued, monkeypatch, loss, after, save_every):
+    """A run that is interrupted, in the first epoch or the second, and resumed is the same."""
+    whole, config = (continued(loss, out, save_every=save_every) for out in ("whole", "resumed"))
+    assert main(command_line(whole)) == 0
+    updates, schedule = iter(range(100)), loop.schedule
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop, "schedule", lambda *a: ctrl_c() if next(updates) == after else schedule(*a)
+        )
+        assert main(command_line(config)) == 130
+    assert len(history_of(config.out)) == 1 + (after > 3)
+    assert main([*command_line(config), "--resume"]) == 0
+    assert_same_result(config.out, whole.out)
+
+
+def best_captions(decoder, memory, max_len):
+    """In place of samples, the five best captions of a beam search, which are not random."""
+    images = select(memory, torch.arange(0, len(memory[0]), 5))
+    tokens = beam_search(decoder, images, 5, max_len, 0.6, n_best=5).tokens
+    return SimpleNamespace(tokens=tokens.flatten(0, 1).unsqueeze(1))
+
+
+@both
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are started by a fork server")
+def test_two_processes(continued, loss):
+    """Two processes have the gradient, the rewards and the validation results of a single one."""
+    one, two = (continued(loss, out, grad_accum_steps=2, xe_weight=0.1) for out in "ab")
+    patches = {"captioning.learning.losses.sample": best_captions}
+    with mock.patch(*patches, best_captions):
+        train(one)
+    train_in_two_processes(two, patches)
+    gradients = (load_safely(f"{config.out}-gradient.pt") for config in (one, two))
+    for expected, found in zip(*gradients, strict=True):
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7
+    assert any(expected.abs().max() > 1e-3 for expected in load_safely(f"{one.out}-gradient.pt"))
+    words = [load_safely(f"{config.out}/last.pt")["words"] for config in (one, two)]
+    assert words[0] == words[1]
+    for expected, found in zip(history_of(one.out), history_of(two.out), strict=True):
+        for name in {"train_reward", "train_loss", "val_loss", "val_cider"} & expected.keys():
+            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
+
+
+def test_learning_rate_is_constant(continued):
+    """Self-critical training has the learning rate of the config, in AdamW without weight decay."""
+    run, rates = build_run(continued("self-critical", epochs=1)), []
+    run.optimizer.register_step_post_hook(
+        lambda *_: rates.extend((g["lr"], g["weight_decay"]) for g in run.optimizer.param_groups)
+    )
+    fit(run)
+    assert set(rates) == {(2e-3, 0.0)} and len(rates) > 4
+
+
+# ---------------------------------------------------------------------------- options
+
+
+def test_defaults(continued, required):
+    """The architecture and the defaults are those of the checkpoint and of the loss, on the command
+    line and off; options override them, but a preset of a dataset does not.
+    """
+    found = parse_args([*required, "--dropout", "0.1", "--image-size", "96"])
+    saved = load_safely(found.init_from)["config"]
+    for name in names_with(ModelConfig, "fits"):
+        assert getattr(found, name) == saved[name], name
+    assert vars(found).items() >= (CONTINUE | {"dropout": 0.1, "image_size": 96}).items()
+    critical = parse_args([*required, "--loss", "self-critical"])
+    assert SELF_CRITICAL.items() <= vars(critical).items() and critical.num_heads == 2
+    splits = {"train": ("a", "b"), "val": ("c", "d")}
+    preset = config_for("synthetic", splits, "out", init_from=found.init_from, epochs=3)
+    assert (preset.hidden_size, preset.epochs, preset.image_size) == (16, 3, 64)
+    assert preset.learning_rate == CONTINUE["learning_rate"]
+    assert parse_args([*required, "--init-from", "none"]).inject == "par"
+
+
+def test_required_options_alone(required, capsys):
+    """The required options are enough; a sentence says if --weights are not used."""
+    assert main([*required, "--epochs", "1", "--weights", "other.pth"]) == 0
+    assert "not other.pth" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option, text",
+    [
+        ("--inject par", "inject attend, not par"),
+        ("--num-heads 4", "num_heads 2, not 4"),
+        ("--hidden-size 24", "hidden_size 16, not 24"),
+        ("--backbone resnet18", "backbone mobilenet_v3_small, not resnet18"),
+        ("--loss self-critical --init-from none", "give --init-from"),
+        ("--loss self-critical --dropout 0.1", "--dropout 0"),
+        ("--loss self-critical --best-by loss", "--best-by cider"),
+        ("--loss self-critical --samples 1", "samples is 1"),
+        ("--loss self-critical --xe-weight -1", "xe_weight is -1.0"),
+    ],
+)
+def test_wrong_options(continued, required, capsys, option, text):
+    """An option that contradicts the checkpoint or the loss is an error of one sentence."""
+    assert main([*required, *option.split()]) == 1
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+    assert contents(continued("cross-entropy").out) == {}

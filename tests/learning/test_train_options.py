@@ -1,0 +1,100 @@
+"""The options of a run, on the command line and for the datasets."""
+
+from dataclasses import MISSING, asdict, fields, replace
+
+import pytest
+from conftest import command_line, flag
+
+from captioning.base.options import names_with
+from captioning.data.splits import DATASETS
+from captioning.learning.options import SCENES, SELF_CRITICAL, TrainConfig, config_for, parse_args
+from model import ModelConfig
+from train import build_run
+
+PATHS = names_with(TrainConfig, "required")
+REQUIRED = {name: f"{name}.x" for name in [*PATHS, "out"]}
+FLAGS = [word for name, text in REQUIRED.items() for word in flag(name, text)]
+SPLITS = {"train": ("a", "b"), "val": ("c", "d"), "test": ("e", "f")}
+
+
+def test_required_options(capsys):
+    """The required flags alone give the config with its defaults; each of them is required.
+
+    In Python a config needs only `out`, for loaders of one's own; build_run names what is missing.
+    """
+    assert parse_args(FLAGS) == TrainConfig(**REQUIRED)
+    for start in range(0, len(FLAGS), 2):
+        with pytest.raises(SystemExit):
+            parse_args(FLAGS[:start] + FLAGS[start + 2 :])
+        assert FLAGS[start] in capsys.readouterr().err.splitlines()[-1]
+    assert [f.name for f in fields(TrainConfig) if f.default is MISSING] == ["out"]
+    with pytest.raises(ValueError, match="no train_images, val_captions; give"):
+        build_run(TrainConfig(out="out", train_captions="x", val_images="x"))
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    """What is loaded in place of a checkpoint: the default options, but another hidden_size."""
+    content = {"config": asdict(ModelConfig(hidden_size=7))}
+    monkeypatch.setattr("captioning.learning.options.load_checkpoint", lambda path: content)
+
+
+@pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda field: field.name)
+def test_every_option_has_a_flag(checkpoint, field):
+    """Every option can be set by its flag, and has a help text."""
+    config = TrainConfig(**REQUIRED)
+    value, choices = getattr(config, field.name), field.metadata.get("choices")
+    if choices:
+        other = choices[-1]
+    elif field.name == "image_size":
+        other = 96
+    elif isinstance(value, bool):
+        other = not value
+    elif isinstance(value, float):
+        other = value + 0.5
+    else:
+        other = value + 1 if isinstance(value, int) else f"{value}.x"
+    required = {"init_from": "best.pt", **SELF_CRITICAL} if field.name == "loss" else {}
+    changed = replace(config, **required, **{field.name: other})
+    assert parse_args(command_line(changed)) == changed != config
+    assert field.metadata["help"]
+
+
+@pytest.mark.parametrize("name", ["weights", "init_from", "image_size"])
+def test_none_on_the_command_line(name):
+    """`none` on the command line is None."""
+    assert getattr(parse_args(command_line(TrainConfig(**REQUIRED | {name: None}))), name) is None
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_config_for(dataset):
+    """A dataset's config has the paths of its splits and its preset; changes override both."""
+    config = config_for(dataset, SPLITS, "out", val_images="x", epochs=77)
+    paths = dict(zip(PATHS, ["a", "b", "x", "d"], strict=True))
+    preset = SCENES if dataset == "synthetic" else {}
+    assert {**preset, **paths, "out": "out", "epochs": 77}.items() <= asdict(config).items()
+
+
+def test_model_config():
+    """The architecture of a run consists of the fields it shares with ModelConfig."""
+    config = TrainConfig(**REQUIRED, hidden_size=7, inject="init")
+    assert config.model_config() == ModelConfig(hidden_size=7, inject="init")
+
+
+@pytest.mark.parametrize("inject, expected", [("init", True), ("pre", True), ("par", False)])
+def test_image_norm_of_the_injections(inject, expected):
+    """The image embedding is normalized by default where the decoder reads it once."""
+    assert parse_args([*FLAGS, "--inject", inject]).image_norm is expected
+    assert config_for("folder", SPLITS, "out", inject=inject).image_norm is expected
+
+
+def test_defaults_of_self_critical_training(checkpoint):
+    """`--loss self-critical` has other defaults, in config_for too; options override both."""
+    options = {"loss": "self-critical", "init_from": "best.pt"}
+    flags = [*FLAGS, *(word for name, text in options.items() for word in flag(name, text))]
+    config = config_for("synthetic", SPLITS, "out", **options)
+    for found in (parse_args(flags), config):
+        assert (SELF_CRITICAL | {"hidden_size": 7}).items() <= asdict(found).items()
+    assert config.batch_size == SCENES["batch_size"]
+    assert parse_args([*flags, "--learning-rate", "0.1"]).learning_rate == 0.1
+    assert config_for("synthetic", SPLITS, "out", **options, weight_decay=0.5).weight_decay == 0.5

@@ -1,0 +1,67 @@
+"""The teacher-forced loss of a split, and the captions generated for it."""
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from captioning.scoring.evaluation import caption_split, evaluate_loss
+from data_loader import ImageDataset, get_loader
+from train import build_run
+
+
+@pytest.fixture(scope="module")
+def trained(shared_dataset):
+    """A run whose captions differ from image to image."""
+    run = build_run(tiny_config(shared_dataset))
+    for weight in run.model.decoder.parameters():
+        torch.nn.init.normal_(weight)
+    yield run
+    run.lock.release()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_loss(trained, batch_size):
+    """The loss of a split is the sum over its captions, for any batch size."""
+    model, dataset = trained.model.eval(), trained.val_loader.dataset
+    nll, tokens = evaluate_loss(model, get_loader(dataset, "val", batch_size))
+    expected, count = 0.0, 0
+    for row, captions in enumerate(dataset.data.captions):
+        image = model.encoder.project(dataset.features[[row]])
+        for caption in captions:
+            ids = torch.tensor([model.vocab.encode(caption)])
+            log_probs = model.decoder(image, ids)[0].log_softmax(-1)
+            expected -= log_probs[range(len(log_probs)), ids[0, 1:]].sum().item()
+            count += len(log_probs)
+    assert tokens == count
+    assert nll == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_keeps_the_mode(trained, training):
+    """The loss is computed without dropout, and the model keeps its mode."""
+    trained.model.train(training)
+    first, second = (evaluate_loss(trained.model, trained.val_loader) for _ in range(2))
+    assert first == second and trained.model.training == training
+
+
+def test_captioning_changes_no_state(dataset):
+    """Captioning with a model in training mode changes neither BatchNorm nor the mode."""
+    run = build_run(tiny_config(dataset, fine_tune="all"))
+    model = run.model.train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert len(caption_split(model, run.val_images)) == 12
+    assert model.training and model.encoder.cnn.network.training
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_captions_of_a_split(trained):
+    """A split's captions are, image by image, those of `CaptionModel.caption`, in any batches."""
+    model, data = trained.model, trained.val_loader.dataset.data
+    images = ImageDataset(data, model.transform)
+    captions = caption_split(model, images, batch_size=5, beam_size=2, max_len=9)
+    assert captions == model.caption(data.paths, beam_size=2, max_len=9)
+    assert captions == caption_split(model, images, beam_size=2, max_len=9)
+    assert captions == caption_split(model, trained.val_images, beam_size=2, max_len=9)
+    assert len(set(captions)) >= 3
