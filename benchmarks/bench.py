@@ -43,22 +43,12 @@ STAGES = [
 EPOCHS = 10  # of the whole run that is extrapolated
 
 
-def pairs(args):
-    """(a stage, the script of the other side or None, its stage) for each row of the table."""
-    if not args.against:
-        return [(ours, other and HERE / "classic.py", other) for ours, other in STAGES]
-    return [(stage, args.against, stage) for stage in dict(STAGES)]
-
-
 def measure(stage, script, other, data, args):
     """(the median rates, the ratio in each round, the memory of this project in MB)."""
     commands = [(HERE / "stages.py", stage), *([(script, other)] if script else [])]
     with ExitStack() as stack:
-        folders = [stack.enter_context(TemporaryDirectory(dir=data)) for _ in commands]
-        sides = [
-            stack.enter_context(start(*command, data, scratch))
-            for command, scratch in zip(commands, folders, strict=True)
-        ]
+        enter = stack.enter_context
+        sides = [enter(start(*x, data, enter(TemporaryDirectory(dir=data)))) for x in commands]
         answers = [[ask(side, args.seconds) for side in sides] for _ in range(args.rounds)]
     rates = [[answer["rate"] for answer in answered] for answered in answers]
     ratios = [ours / other for ours, *others in rates for other in others]
@@ -95,17 +85,20 @@ def main():
     parser.add_argument("--seconds", type=float, default=2, help="least duration of a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    if args.against and Path(args.against).is_dir():
-        args.against = f"{args.against}/benchmarks/stages.py"
-    if args.against and not Path(args.against).is_file():
-        parser.error(f"there is no file {args.against}, which --against needs")
+    pairs = [(ours, other and HERE / "classic.py", other) for ours, other in STAGES]
+    if args.against:
+        path = Path(args.against)
+        path = path / "benchmarks" / "stages.py" if path.is_dir() else path
+        if not path.is_file():
+            parser.error(f"there is no file {path}, which --against needs")
+        pairs = [(stage, path, stage) for stage in dict(STAGES)]
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     print(f"{os.cpu_count()} cores, OMP_NUM_THREADS {threads}, torch {version('torch')}\n")
     print("| stage | this project | other | ratio | MB |\n|---|---|---|---|---|", flush=True)
     rates = {}
     with TemporaryDirectory() as data:
         write_data(data, args.images)
-        for stage, script, other in pairs(args):
+        for stage, script, other in pairs:
             if stage in args.stages:
                 rates[stage, other], *rest = measure(stage, script, other, data, args)
                 print(as_line(stage, other, rates[stage, other], *rest), flush=True)

@@ -111,9 +111,7 @@ def start(data, scratch):
 
 
 def last_batches(run):
-    """The number of the batch that begins the last `BATCHES` ones of an epoch, and that of their
-    captions.
-    """
+    """(the first of the last `BATCHES` batches of an epoch, the number of their captions)."""
     batches, captions = len(run.train_loader), len(run.train_loader.dataset)
     first = max(batches - BATCHES, 0)
     return first, round(captions * (batches - first) / batches)

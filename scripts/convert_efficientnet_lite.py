@@ -31,8 +31,7 @@ def convert(state: dict, variant: int) -> dict:
     names = [k for k in target if not k.endswith("num_batches_tracked")]
     if [tuple(v.shape) for v in source] != [tuple(target[name].shape) for name in names]:
         raise ValueError(f"these are not the weights of EfficientNet-Lite{variant}")
-    counters = {k: v for k, v in target.items() if k.endswith("num_batches_tracked")}
-    return dict(zip(names, source, strict=True)) | counters
+    return target | dict(zip(names, source, strict=True))
 
 
 def main():

@@ -135,12 +135,15 @@ def result(args, encoder, row, seed) -> dict:
     return metrics
 
 
-def ensemble_result(args, encoder) -> dict:
-    """The metrics of the ensemble of the models of all seeds."""
-    base = ROWS["ensemble"][1]
+def results_of(args, encoder, row) -> list[dict]:
+    """The metrics of a row for each seed; for "ensemble", those of the models of all seeds."""
+    base = ROWS[row][1] if row == "ensemble" else row
     results = [result(args, encoder, base, seed) for seed in args.seeds]
+    if row != "ensemble":
+        return results
     checkpoints = [run_folder(args, encoder, base, seed) / "best.pt" for seed in args.seeds]
-    return metrics_of(args, checkpoints) | {"minutes": sum(result["minutes"] for result in results)}
+    minutes = sum(result["minutes"] for result in results)
+    return [metrics_of(args, checkpoints) | {"minutes": minutes}]
 
 
 def format_cells(results, columns=COLUMNS) -> str:
@@ -165,20 +168,18 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     args = parser.parse_args()
     args.data = json.loads(Path(args.data).read_text())
+    rows = list(itertools.product(args.data["encoders"], args.rows))
+    if args.dry_run:
+        trained = [(encoder, row) for encoder, row in rows if row != "ensemble"]
+        for (encoder, row), seed in itertools.product(trained, args.seeds):
+            print("python train.py", *train_command(args, encoder, row, seed))
+        return
     lines = [f"| encoder | model | seeds | {' | '.join(COLUMNS)} |"]
     lines.append("|---" * (3 + len(COLUMNS)) + "|")
-    for encoder, row in itertools.product(args.data["encoders"], args.rows):
-        if args.dry_run:
-            for seed in args.seeds if row != "ensemble" else []:
-                print("python train.py", *train_command(args, encoder, row, seed))
-        elif row == "ensemble":
-            results = [ensemble_result(args, encoder)]
-        else:
-            results = [result(args, encoder, row, seed) for seed in args.seeds]
-        if not args.dry_run:
-            lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {format_cells(results)} |")
-    if not args.dry_run:
-        print("\n".join(lines))
+    for encoder, row in rows:
+        results = results_of(args, encoder, row)
+        lines.append(f"| {encoder} | {row} | {len(args.seeds)} | {format_cells(results)} |")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ COLUMNS = {
 
 @torch.no_grad()
 def attention_shares(model, data, features) -> np.ndarray:
-    """(2,) the mean parts of the attention, and of the image, inside the box of a named object.
+    """(2,) the mean parts of the attention, and of the image, in the box of a named object.
 
     Over the nouns of the first caption of each scene in `data`.
     """
