@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from conftest import command_line, tiny_config, write_dataset
+from training_runs import assert_same_result
 
 from captioning.base.checkpoints import load_safely
 from captioning.data.splits import prepare_splits
 from captioning.learning.options import config_for
-from runs import assert_same_result
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,9 +13,9 @@ import torch
 import torchvision
 from conftest import MakeFolder, command_line, flag, tiny_config
 from PIL import Image
+from training_runs import contents
 
 from captioning.data.splits import prepare_splits
-from runs import contents
 from train import main
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import CAPTIONS
 from torch.utils.data import Dataset
+from training_runs import tiny_model
 
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import eval_transform
 from captioning.learning.losses import TeacherForcing
 from data_loader import BucketSampler, CaptionDataset, ImageDataset, ImageGroupedSampler, get_loader
-from runs import tiny_model
 from vocabulary import PAD, Vocabulary
 
 TEXTS = [caption for captions in CAPTIONS for caption in captions]

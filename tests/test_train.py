@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import command_line, tiny_config
+from training_runs import contents
 
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
 from captioning.scoring.evaluation import caption_split
 from data_loader import ImageDataset
 from model import CaptionModel
-from runs import contents
 from train import build_run, main, report
 
 FILES = {"best.pt", "history.jsonl", "last.pt", "vocabulary.json"}

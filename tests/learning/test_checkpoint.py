@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import calibrated_weights, command_line, supported, tiny_config
+from training_runs import assert_same_result, contents, ctrl_c, history_of, interrupt_at
 
 from captioning.base.checkpoints import load_safely
 from captioning.learning.checkpoint import lock_run_dir
 from captioning.learning.loop import fit
 from model import CaptionModel
-from runs import assert_same_result, contents, ctrl_c, history_of, interrupt_at
 from train import build_run, main
 
 

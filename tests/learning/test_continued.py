@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import CAPTIONS, command_line, flag, tiny_config
+from training_runs import assert_same_result, contents, ctrl_c, history_of
 from two_processes import train, train_in_two_processes
 
 from captioning.base.checkpoints import load_safely, save
@@ -23,7 +24,6 @@ from captioning.learning.new_words import LOG_ODDS
 from captioning.learning.options import CONTINUE, SELF_CRITICAL, config_for, parse_args
 from captioning.networks.config import INJECT
 from model import CaptionModel, ModelConfig
-from runs import assert_same_result, contents, ctrl_c, history_of
 from train import build_run, main
 from vocabulary import UNK, tokenize
 

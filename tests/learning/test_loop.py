@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CAPTIONS, tiny_config
 from torch.utils.data import Dataset
+from training_runs import tiny_model
 
 from captioning.base.checkpoints import load_safely
 from captioning.learning import loop
@@ -19,7 +20,6 @@ from captioning.learning.run import Run
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import get_loader
 from model import CaptionModel
-from runs import tiny_model
 from train import build_run
 
 

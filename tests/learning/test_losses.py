@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import supported
 from naive import NaiveDecoder, log_softmax
 from torch import nn
+from training_runs import WORDS, tiny_model
 
 from captioning.decoding import sampling
 from captioning.learning import losses
@@ -19,7 +20,6 @@ from captioning.learning.losses import SelfCritical, TeacherForcing, leave_one_o
 from captioning.learning.reward import CiderD
 from captioning.networks.config import INJECT
 from data_loader import Batch
-from runs import WORDS, tiny_model
 from vocabulary import END, PAD, START, UNK
 
 CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
