@@ -1,5 +1,9 @@
 """Everything runs on a GPU as far as the device of each tensor goes, tested without a GPU."""
 
+import json
+from pathlib import Path
+
+import matplotlib
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -11,6 +15,7 @@ from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
 from captioning.learning.optimizer import update
 from captioning.learning.reward import CiderD
+from captioning.scenes.dataset import write_synthetic
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import Batch
 from train import build_run
@@ -133,3 +138,20 @@ def test_array_of_another_device():
             copy += 1
             assert copy.device.type == "cuda" and copy.cpu().tolist() == [1, 1]
         assert numbers.device.type == "cpu" and numbers.tolist() == [0, 0]
+
+
+def test_training_notebook(tmp_path, monkeypatch):
+    """The cells of 2_Training, with models on the GPU, a smaller model and 60 scenes."""
+    matplotlib.use("Agg")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    write_synthetic(tmp_path / "data", {"train": 60, "val": 8, "test": 8})
+    options = {"device": "cuda", "epochs": 1, "hidden_size": 16, "cache_dir": f"{tmp_path}/cache"}
+    parameters = {"DATA_DIR": tmp_path / "data", "RUN_DIR": f"{tmp_path}/run", "OPTIONS": options}
+    namespace = {}
+    with pretend_cuda():
+        for cell in json.loads(Path("2_Training.ipynb").read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), namespace)
+                namespace |= parameters if "parameters" in cell["metadata"].get("tags", []) else {}
+        runs = (namespace[name] for name in ("run", "attend_run", "critical_run"))
+        assert {run.model.device.type for run in runs} == {"cuda"}
