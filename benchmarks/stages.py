@@ -106,7 +106,7 @@ def start(data, scratch):
     config = random_config(data, scratch, "par")
     while True:
         run = build_run(config)
-        run.lock.release()
+        run.lock.close()
         yield len(run.train_loader.dataset)
 
 
