@@ -51,12 +51,12 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def acquire_lock(path, wait=True) -> FileLock:
+def acquire_lock(path, wait=True, **options) -> FileLock:
     """An exclusive lock on `path`, held until its `release()` or the end of the process.
 
-    With `wait=False`, raises TimeoutError if another process holds it.
+    With `wait=False`, raises TimeoutError if another process holds it. options: of `FileLock`.
     """
-    lock = FileLock(path)
+    lock = FileLock(path, **options)
     try:
         lock.acquire(timeout=0)
     except Timeout:

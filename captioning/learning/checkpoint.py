@@ -40,6 +40,7 @@ def stop_on_sigterm():
 def lock_run_dir(out) -> contextlib.ExitStack:
     """Lock the folder `out`, which is created, until the result is closed. Rank 0 has the lock.
 
+    The same process may lock it again: a cell of a notebook that builds a run can be repeated.
     Raises OSError if another run holds the lock, or if the folder cannot be written to.
     """
     out, lock = Path(out), contextlib.ExitStack()
@@ -47,11 +48,11 @@ def lock_run_dir(out) -> contextlib.ExitStack:
         return lock
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock.callback(acquire_lock(out / ".lock", wait=False).release)
+        acquired = acquire_lock(out / ".lock", wait=False, is_singleton=True)
+        lock.callback(acquired.release, force=True)
     except TimeoutError as error:
         raise OSError(
-            f"another run is writing to {out}; wait for its end, choose another --out, or if it is "
-            "a `Run` of this notebook that was not trained, delete it"
+            f"another run is writing to {out}; wait for its end, or choose another --out"
         ) from error
     except OSError as error:
         reason = error.strerror
