@@ -62,6 +62,8 @@ class Views:
     def __getitem__(self, rows):
         """(B,) rows -> (B, P, C) float32."""
         rows = self.kept[rows]
+        if len(self.arrays) == self.arrays[0].shape[1] == 1:  # the only view
+            return torch.from_numpy(self.arrays[0][rows][:, 0]).float()
         if self.random:
             return torch.from_numpy(self.draw(rows)).float()
         return torch.from_numpy(self.arrays[0][rows]).float().mean(1)

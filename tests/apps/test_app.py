@@ -304,13 +304,14 @@ def test_captions_appear(page, photos):
     add(page, photos[:2])
     assert page.locator(".photo").count() == 2 and not page.errors
     assert page.locator(".photo:first-child .alternatives li").count() == 4
-    expected = random_model().caption(photos[:2], beam_size=5)
-    assert page.locator(".photo .caption").all_inner_texts() == expected  # with words like "<b>"
+    expected = random_model().caption(photos[:2], beam_size=5)  # one is empty
+    expected = [caption or "(no words)" for caption in expected]
+    assert page.locator(".photo .caption").all_inner_texts() == expected
 
 
 def test_maps_appear(page, photos):
     """There is a map for each word, and all pictures are loaded."""
-    add(page, photos[0])
+    add(page, photos[1])
     words = page.locator(".maps figcaption").all_inner_texts()
     assert " ".join(words) == page.inner_text(".photo .caption")
     loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
