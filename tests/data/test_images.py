@@ -131,7 +131,7 @@ def test_train_transform_never_flips(tmp_path):
     path = saved(Image.fromarray(ramp), tmp_path / "ramp.png")
     crops = torch.stack([train_transform(32)(path) for _ in range(20)])
     assert (crops[..., -1] > crops[..., 0]).all()
-    assert not torch.equal(crops[0], crops[1])
+    assert any(not torch.equal(crops[0], crop) for crop in crops)
 
 
 def test_crop_transform(tmp_path):
