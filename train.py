@@ -13,6 +13,7 @@ history.jsonl (one line per epoch), vocabulary.json and metrics.json.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from captioning.base.device import pick_device, resolve_precision, use_determini
 from captioning.base.distributed import barrier, print0, process_group, rank_and_world_size
 from captioning.base.files import write_text
 from captioning.base.options import names_with
+from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
 from captioning.data.tokenized import tokenize_all
@@ -30,7 +32,6 @@ from captioning.learning.card import training_card
 from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
-from captioning.learning.new_words import with_new_words
 from captioning.learning.optimizer import build_optimizer
 from captioning.learning.options import TrainConfig, parse_args
 from captioning.learning.reward import CiderD
@@ -43,6 +44,7 @@ from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
 VAL_BATCH_SIZE = 512  # captions
+NEW_WORDS_LOG_ODDS = -2.0  # of all new words together against `<unk>`, at first
 FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
 
 
@@ -138,6 +140,24 @@ def build_model(config, train_data) -> CaptionModel:
     model.load_state_dict(with_new_words(source.state_dict(), len(new)))
     model.card = source.card
     return model
+
+
+def with_new_words(state: dict, count: int) -> dict:
+    """The state dict of a model with `count` words more, behind those of its vocabulary.
+
+    A new word has the embedding and the output weights of `<unk>`, as which it was read and
+    predicted so far. All new words together have 14 % of the probability of `<unk>`
+    (e^NEW_WORDS_LOG_ODDS), so that they hardly change the captions before they are learned.
+    """
+    if count == 0:
+        return state
+    bias = state["decoder.linear.bias"]
+    rows = {
+        "decoder.embedding.weight": state["decoder.embedding.weight"][UNK].expand(count, -1),
+        "decoder.linear.weight": state["decoder.linear.weight"][UNK].expand(count, -1),
+        "decoder.linear.bias": (bias[UNK] + NEW_WORDS_LOG_ODDS - math.log(count)).expand(count),
+    }
+    return state | {name: torch.cat([state[name], new]) for name, new in rows.items()}
 
 
 def build_datasets(config, model, train_data, val_data):

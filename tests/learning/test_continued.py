@@ -20,11 +20,10 @@ from captioning.base.options import names_with
 from captioning.decoding.beam_search import beam_search
 from captioning.learning import loop
 from captioning.learning.loop import fit
-from captioning.learning.new_words import LOG_ODDS
 from captioning.learning.options import CONTINUE, SELF_CRITICAL, config_for, parse_args
 from captioning.networks.config import INJECT
 from model import CaptionModel, ModelConfig
-from train import build_run, main
+from train import NEW_WORDS_LOG_ODDS, build_run, main
 from vocabulary import UNK, tokenize
 
 ROWS = ("decoder.embedding.weight", "decoder.linear.weight", "decoder.linear.bias")
@@ -99,7 +98,7 @@ def test_old_words_are_unchanged(shared_dataset, tmp_path, inject):
     captions = torch.randint(3, old, (3, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = (m(images, captions).log_softmax(-1) for m in (before, after))
-    mass = math.exp(LOG_ODDS) * expected[..., UNK].exp()
+    mass = math.exp(NEW_WORDS_LOG_ODDS) * expected[..., UNK].exp()
     assert mass.max() > 1e-3
     loss = torch.log1p(mass).unsqueeze(-1)
     torch.testing.assert_close(found[..., :old], expected - loss, rtol=1e-4, atol=1e-5)
