@@ -41,14 +41,14 @@ def _image_axes(images, below, columns, width):
     """
     arrays = [np.asarray(image) for image in images]
     inner = width - 0.2  # inches, the width of an image
-    high = inner * max(len(array) / array.shape[1] for array in arrays)
-    rows = -(-len(arrays) // columns)
-    total = rows * (high + below)
+    ratios = [inner * len(array) / array.shape[1] for array in arrays]
+    highs = [max(ratios[i : i + columns]) for i in range(0, len(arrays), columns)]  # of the rows
+    total = sum(highs) + len(highs) * below
     side = 0.1 / (columns * width)  # the margins left and right are parts of the figure
     margins = {"left": side, "right": 1 - side, "wspace": 0.2 / inner}
-    margins |= {"top": 1, "bottom": below / total, "hspace": below / high}
-    size = (columns * width, total)
-    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, gridspec_kw=margins)
+    margins |= {"top": 1, "bottom": below / total, "hspace": below / np.mean(highs)}
+    margins["height_ratios"], size = highs, (columns * width, total)
+    _, axes = plt.subplots(len(highs), columns, figsize=size, squeeze=False, gridspec_kw=margins)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, array in zip(axes.flat, arrays, strict=False):
