@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from captioning.base.tokens import PAD
-from captioning.data.tokenized import tokenize_all
 
 
 class Batch(NamedTuple):
@@ -73,14 +72,12 @@ class ImageDataset(Dataset):
 
 
 class CaptionDataset(ImageDataset):
-    """Every caption of `data` with its image; the captions are kept in one integer array.
+    """Every caption of `data` with its image; the captions are kept in one integer array."""
 
-    cache_dir: folder that keeps the tokenized captions.
-    """
-
-    def __init__(self, data, vocab, transform=None, features=None, cache_dir=None):
+    def __init__(self, data, vocab, transform=None, features=None):
         super().__init__(data, transform, features)
-        self.ids, self.lengths = tokenize_all(data.all_captions, cache_dir).encode(vocab)
+        captions = [np.array(vocab.encode(text), np.int32) for text in data.all_captions]
+        self.lengths, self.ids = np.array([len(ids) for ids in captions]), np.concatenate(captions)
         self.ends = np.cumsum(self.lengths)
         # (number of captions,): the row of `data` with the image of each caption
         self.image_rows = np.repeat(np.arange(len(data)), [len(c) for c in data.captions])

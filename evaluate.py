@@ -41,7 +41,7 @@ def run(args) -> dict:
     data = CocoCaptions(args.images, args.captions)
     features = [features_of(member, data, args.cache_dir) for member in models]
     features = PerModel(features) if args.ensemble else features[0]
-    dataset = CaptionDataset(data, model.vocab, features=features, cache_dir=args.cache_dir)
+    dataset = CaptionDataset(data, model.vocab, features=features)
     loader, images = get_loader(dataset, "val", BATCH_SIZE), ImageDataset(data, features=features)
     metrics, captions = evaluate_split(model, loader, images, **vars(options))
     if args.results:

@@ -27,7 +27,6 @@ from captioning.base.options import names_with
 from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
-from captioning.data.tokenized import tokenize_all
 from captioning.learning.card import training_card
 from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
 from captioning.learning.loop import fit
@@ -41,7 +40,7 @@ from captioning.networks.backbones import input_settings
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from model import CaptionModel, ModelConfig
-from vocabulary import Vocabulary
+from vocabulary import Vocabulary, count_words
 
 VAL_BATCH_SIZE = 512  # captions
 NEW_WORDS_LOG_ODDS = -2.0  # of all new words together against `<unk>`, at first
@@ -114,9 +113,8 @@ def build_model(config, train_data) -> CaptionModel:
     The latter keeps its words and their indices. Training with cross-entropy adds the words that
     it lacks; self-critical training does not, because the samples would not contain them.
     """
-    counts = tokenize_all(train_data.all_captions, config.cache_dir).counts()
     if config.init_from is None:
-        vocab = Vocabulary.from_counts(counts, config.min_word_freq)
+        vocab = Vocabulary.build(train_data.all_captions, config.min_word_freq)
         return CaptionModel(vocab, config.model_config(), config.weights)
     source = CaptionModel.from_checkpoint(config.init_from)
     different = [
@@ -132,7 +130,7 @@ def build_model(config, train_data) -> CaptionModel:
         print0(f"The weights of the CNN are those in {config.init_from}, not {config.weights}.")
     vocab = source.vocab
     if config.loss == "cross-entropy":
-        vocab = vocab.extended(counts, config.min_word_freq)
+        vocab = vocab.extended(count_words(train_data.all_captions), config.min_word_freq)
     new = vocab.words[len(source.vocab) :]
     if new:
         print0(f"{len(new)} new words: {', '.join(new[:10])}{', ..' if new[10:] else ''}")
@@ -168,7 +166,7 @@ def build_datasets(config, model, train_data, val_data):
     transforms = train_transform(**settings), model.transform
     prepared = prepare_images(config, model, train_data, val_data)
     return [
-        CaptionDataset(data, model.vocab, transform, features, config.cache_dir)
+        CaptionDataset(data, model.vocab, transform, features)
         for transform, (data, features) in zip(transforms, prepared, strict=True)
     ]
 

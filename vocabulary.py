@@ -39,20 +39,14 @@ class Vocabulary:
         Words are sorted by descending count, then alphabetically, so that the order of the captions
         does not matter. Raises ValueError if no word remains.
         """
-        counts = Counter(word for caption in captions for word in tokenize(caption))
-        return cls.from_counts(counts, threshold)
-
-    @classmethod
-    def from_counts(cls, counts: dict[str, int], threshold: int = 5) -> "Vocabulary":
-        """Same as `build`, given the number of occurrences of each word."""
-        kept = [word for word, count in counts.items() if count >= threshold]
-        if not kept:
+        counts = count_words(captions)
+        vocab = cls(list(SPECIAL_TOKENS), threshold).extended(counts, threshold)
+        if len(vocab) == len(SPECIAL_TOKENS):
             raise ValueError(
                 f"the vocabulary is empty: none of {len(counts)} distinct words occurs at least "
                 f"{threshold} times; lower the minimum word frequency or add captions"
             )
-        kept.sort(key=lambda word: (-counts[word], word))
-        return cls([*SPECIAL_TOKENS, *kept], threshold)
+        return vocab
 
     def extended(self, counts: dict[str, int], threshold: int = 5) -> "Vocabulary":
         """This vocabulary with further words behind its own: those that occur often enough.
@@ -94,3 +88,8 @@ class Vocabulary:
         """Write the vocabulary as JSON."""
         content = {"threshold": self.threshold, "words": self.words}
         write_text(path, json.dumps(content, ensure_ascii=False, indent=0))
+
+
+def count_words(captions) -> Counter:
+    """How often each word occurs in the captions."""
+    return Counter(word for caption in captions for word in tokenize(caption))
