@@ -3,20 +3,17 @@
     pip install -r requirements.txt -r apps/web/requirements.txt
     python apps/web/app.py                                # opens http://127.0.0.1:7860
 
-The page makes no request to any other server, and no file of the server can be read: photos travel
-inside the page (describe.py), and guard.py refuses every request that the page does not make.
+The page is for the computer on which it runs: the server listens on its loopback address alone, and
+neither the server nor the page makes a request to any other. Photos travel inside the page, see
+describe.py.
 """
 
 import argparse
-import contextlib
-import ctypes
 import os
 import signal
 import socket
 import sys
 import tempfile
-import threading
-import time
 from functools import partial
 from pathlib import Path
 
@@ -28,14 +25,15 @@ sys.path.insert(0, str(ROOT))  # so that the program runs from any folder
 try:
     import gradio as gr
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from apps.web.describe import BEAM, MAX_PHOTOS, SAMPLING, cards, data_url, escape
-    from apps.web.guard import Guard, delete_old_files
     from captioning.data.images import load_image
     from model import PRETRAINED, CaptionModel
 except ImportError as error:
     raise SystemExit(f"error: {error}; pip install -r {HERE / 'requirements.txt'}") from None
 
+HOST = "127.0.0.1"
 MAX_FILE_BYTES = 20 * 2**20
 KEPT_SECONDS = 600  # an upload is deleted after this time
 
@@ -44,7 +42,8 @@ def page(model, examples=()):
     """The page as `gradio.Blocks`; `examples` are files on the server that it offers."""
     limits = {"concurrency_id": "model", "concurrency_limit": 2}  # requests answered at once
     hint = f"Drop or paste photos (up to {MAX_PHOTOS})"
-    with gr.Blocks(title="Photo captioner") as blocks:
+    deletion = KEPT_SECONDS // 10, KEPT_SECONDS  # how often, and of which age
+    with gr.Blocks(title="Photo captioner", delete_cache=deletion) as blocks:
         gr.HTML(f"<h1>Photo captioner</h1><p>{escape(model.card['summary'])}</p>", elem_id="title")
         shown = gr.State([])  # paths of the photos; a client cannot change a state
         accepted = {"file_count": "multiple", "file_types": ["image"]}
@@ -82,19 +81,19 @@ def example(path) -> str:
     return f'<button aria-label="Example {path.stem}"><img src="{picture}" alt=""></button>'
 
 
-def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
+def serve(model, folder, port=7860, examples=()):
     """Start the server in the background; uploads go to `folder`. Returns the `gradio.Blocks`.
 
     Raises OSError if the port is taken.
     """
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((HOST, port)).close()
     except OSError as error:
-        raise OSError(f"port {port} of {host}: {error.strerror}; choose another --port") from None
+        raise OSError(f"port {port} of {HOST}: {error.strerror}; choose another --port") from None
     os.environ.update(GRADIO_TEMP_DIR=str(folder), GRADIO_ANALYTICS_ENABLED="False")
     blocks = page(model, examples)
     blocks.launch(
-        server_name=host,
+        server_name=HOST,
         server_port=port,
         share=False,
         quiet=True,
@@ -107,34 +106,23 @@ def serve(model, folder, host="127.0.0.1", port=7860, examples=()):
         css_paths=HERE / "app.css",
         head=f"<script>{(HERE / 'app.js').read_text()}</script>",
         theme=gr.themes.Default(primary_hue="blue", font="system-ui", font_mono="monospace"),
-        app_kwargs={"middleware": [Middleware(Guard, folder=folder)]},
+        # A page of another site cannot reach the server under a name that leads to this computer.
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, [HOST, "localhost"])]},
     )
-
-    def delete_uploads():
-        while blocks.is_running:
-            delete_old_files(folder, KEPT_SECONDS, blocks.temp_file_sets)
-            time.sleep(KEPT_SECONDS / 20)
-
-    threading.Thread(target=delete_uploads, daemon=True).start()
     return blocks
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description="A page in the browser that captions photos.")
     parser.add_argument("--checkpoint", default=str(PRETRAINED), help="written by train.py")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from elsewhere")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args(arguments)
-    # glibc keeps freed memory for each thread: in 240 photos, half of them of 12 megapixels, the
-    # program grew from 0.97 to 1.2 GB and did not stop; with two such arenas it stays at 1.1 GB.
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-8, 2)  # M_ARENA_MAX
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted
     try:
         model = CaptionModel.from_checkpoint(options.checkpoint)
         with tempfile.TemporaryDirectory(prefix="captions-") as folder:
             examples = sorted((ROOT / "photos").glob("*.jpg"))
-            blocks = serve(model, folder, options.host, options.port, examples)
+            blocks = serve(model, folder, options.port, examples)
             print(f"Photo captioner: {blocks.local_url} (Ctrl+C stops it)", flush=True)
             blocks.block_thread()
     except (ValueError, OSError) as error:

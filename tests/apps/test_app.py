@@ -2,21 +2,20 @@
 
 import contextlib
 import json
-import os
 import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from http.client import HTTPResponse
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
 import pytest
 from test_describe import random_model
 
 pytest.importorskip("gradio", reason="needs apps/web/requirements.txt")
-from apps.web import app, guard
+from apps.web import app
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +63,17 @@ def test_the_address(server, tmp_path):
 
 
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
-UPLOAD, JOIN = ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join")
+UPLOAD = "POST", "/gradio_api/upload"
 
 
-def connect(server, method, path, body=b"", size=None, **headers):
-    """A socket on which a request has been sent, its path as it is; `size` is what it states."""
-    size = len(body) if size is None else size
-    defaults = {"Host": "x", "Content-Length": size, "Content-Type": "application/json"}
-    lines = [f"{name}: {value}" for name, value in (defaults | headers).items()]
-    connection = socket.create_connection(("127.0.0.1", server[0]), timeout=20)
-    head = "\r\n".join([f"{method} {path} HTTP/1.1", *lines, "\r\n"])
-    with contextlib.suppress(ConnectionError):  # the server answers before it has read everything
-        connection.sendall(head.encode() + body)
-    return connection
-
-
-def request(*arguments, **options):
-    """(status, body) of the response to a request; see `connect`."""
-    with connect(*arguments, **options) as connection:
-        response = HTTPResponse(connection)
+def request(server, method, path, body=b"", **headers):
+    """(status, body) of the response to a request."""
+    connection = HTTPConnection("127.0.0.1", server[0], timeout=20)
+    headers = {"Host": "localhost", "Content-Type": "application/json"} | headers
+    with contextlib.closing(connection):
+        with contextlib.suppress(ConnectionError):  # it answers before it has read a large file
+            connection.request(method, path, body, headers)
+        response = HTTPResponse(connection.sock)
         response.begin()
         return response.status, response.read()
 
@@ -106,74 +97,22 @@ def event(server, path, *options, fn_index=0, data=None):
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     data = data or [[file], *(options or ["beam search", 5, 1.0])]
     body = json.dumps({"data": data, "fn_index": fn_index, "session_hash": session})
-    status, answer = request(server, *JOIN, body.replace("http", r"\u0068ttp").encode())
+    status, answer = request(server, "POST", "/gradio_api/queue/join", body.encode())
     if status == 200:
         answer += request(server, "GET", f"/gradio_api/queue/data?session_hash={session}")[1]
     return status, answer.decode()
 
 
-def until(condition):
-    """Wait for a condition; fails after 20 seconds."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+@pytest.mark.parametrize("file", ["/etc/passwd", "README.md", "apps/web/app.py"])
+def test_no_file_can_be_read(server, file):
+    """Neither a request nor an event reads a file that is not an upload."""
+    assert request(server, "GET", f"/gradio_api/file={file}")[0] in (403, 404)
+    assert "<article" not in event(server, str(Path(file).resolve()))[1]
 
 
-ROUTES = """/gradio_api/file= /file= /gradio_api/file/ /gradio_api/proxy=file:// /gradio_api/stream/
-    /static/ /assets/ /static/..%2f..%2f..%2f /static//etc/.. /gradio_api/%66ile= /svelte/../
-    //gradio_api/file= /GRADIO_API/file= /gradio_api/custom_component/a/client/b/ /"""
-FILES = ["/etc/passwd", "README.md", "apps/web/app.py", "{}/../secret.txt", "{}/link.txt"]
-
-
-@pytest.fixture(scope="module")
-def secrets(server):
-    """Files that contain "secret": an upload, one outside, and links in the folder of uploads."""
-    folder = server[1]
-    for path in folder.parent / "secret.txt", folder / "uploaded":
-        path.write_text("secret")
-    (folder / "link.txt").symlink_to(folder.parent / "secret.txt")
-    (folder / "linked").symlink_to(folder.parent)
-
-
-@pytest.mark.parametrize("route", ROUTES.split())
-def test_no_file_can_be_read(server, secrets, route):
-    """No route returns a file: neither of the server nor an upload, under any spelling."""
-    for file in *FILES, f"{app.ROOT}/model.py", "/proc/self/environ", "{}/uploaded":
-        status, body = request(server, "GET", route + file.replace("{}", str(server[1])))
-        assert status in (403, 404) and b"secret" not in body, file
-
-
-MORE = ["{}", "{}-other/x.jpg", "{}/linked/secret.txt", "file://{}/x.jpg", "http://127.0.0.1/x.jpg"]
-
-
-@pytest.mark.parametrize("path", [*FILES, *MORE, "", None, 3, ["/x"], {"path": "/x"}], ids=repr)
-def test_no_event_reads_a_file(server, secrets, path):
-    """An event that names a file that is no upload, or an address, is refused."""
-    path = path.replace("{}", str(server[1])) if isinstance(path, str) else path
-    assert event(server, path)[0] == 403
-
-
-def test_no_address_is_fetched(server, monkeypatch):
-    """The server contacts no address that a client names."""
-    fetched = []
-    for name in "async_ssrf_protected_download", "ssrf_protected_download":
-        monkeypatch.setattr(f"gradio.processing_utils.{name}", lambda *a, **k: fetched.append(a))
-    event(server, "http://example.com/x.jpg")
-    assert not fetched
-
-
-REQUESTS = """PUT:/ DELETE:/ OPTIONS:/ PATCH:/ TRACE:/ get:/ GET:/docs GET:/gradio_api/openapi.json
-    GET:/monitoring GET:/gradio_api/runs POST:/gradio_api/run/add POST:/gradio_api/api/add
-    POST:/gradio_api/call/add POST:/gradio_api/call/v2/add POST:/gradio_api/queue/join/
-    POST:/gradio_api/component_server POST:/gradio_api/vibe-edit"""
-
-
-@pytest.mark.parametrize("line", REQUESTS.split())
-def test_no_other_request(server, line):
-    """Other methods and pages do not exist, and functions can be run through the queue alone."""
-    body = b'{"data": [null, "beam search", 5, 1]}'
-    assert request(server, *line.split(":"), body)[0] in (404, 405)
+def test_another_host_name(server):
+    """A request under a name that is not this computer's is refused."""
+    assert request(server, "GET", "/", Host="evil.example")[0] == 400
 
 
 OPTIONS = """"", 5, 1|"beam search", 0, 1|"beam search", 11, 1|"beam search", NaN, 1|
@@ -196,12 +135,6 @@ def test_a_state_is_not_set_by_a_client(server):
         assert status == 200 and "<article" not in answer and "cat.jpg: " not in answer
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe"], ids=len)
-def test_damaged_events(server, body):
-    """An event that is not JSON is refused."""
-    assert request(server, *JOIN, body)[0] == 403
-
-
 # ---------------------------------------------------------------------------- uploads
 
 
@@ -211,56 +144,10 @@ def test_names_of_uploads(server):
     assert server[1] in Path(path).parents and ".." not in path
 
 
-@pytest.mark.parametrize("headers", [{"size": "-1"}, {"Transfer-Encoding": "chunked"}], ids=str)
-def test_requests_of_unknown_length(server, headers):
-    """A request must state its length, so that a limit can be applied to it."""
-    assert request(server, *UPLOAD, b"0\r\n\r\n", **FORM, **headers)[0] in (400, 411)
-
-
-def test_large_requests(server, monkeypatch):
-    """A file over 20 MB, an upload over its limit and an event over 1 MiB are refused."""
-    before = guard.stored_bytes(server[1])
+def test_large_files(server):
+    """A file over 20 MB is refused."""
     status, answer = request(server, *UPLOAD, form("a", bytes(app.MAX_FILE_BYTES + 1)), **FORM)
     assert status == 413 and b"size" in answer
-    assert request(server, *JOIN, size=2**20 + 1)[0] == 413
-    monkeypatch.setattr(guard, "MAX_UPLOAD_BYTES", 1000)
-    assert request(server, *UPLOAD, form("a", bytes(1000)), **FORM)[0] == 413
-    assert guard.stored_bytes(server[1]) - before < 10_000
-
-
-def test_full_folder(server, monkeypatch):
-    """Uploads are refused while those stored, those arriving and the new one exceed the limit."""
-    monkeypatch.setattr(guard, "MAX_STORED_BYTES", guard.stored_bytes(server[1]) + 100_000)
-    large, small = form("a", bytes(100_000)), form("b", bytes(30_000))
-    assert request(server, *UPLOAD, large, **FORM)[0] == 507
-    with connect(server, *UPLOAD, b"--x", size=75_000, **FORM):
-        until(lambda: request(server, *UPLOAD, small, **FORM)[0] == 507)
-    until(lambda: request(server, *UPLOAD, small, **FORM)[0] == 200)
-
-
-def test_uploads_are_deleted(server):
-    """A file of the given age is deleted and forgotten, also that of an interrupted upload."""
-    path, before = Path(upload(server)), guard.stored_bytes(server[1])
-    with connect(server, *UPLOAD, form("a", bytes(300_000))[:-9], size=10**6, **FORM):
-        until(lambda: guard.stored_bytes(server[1]) > before + 200_000)
-    guard.delete_old_files(server[1], 0, server[2].temp_file_sets)
-    assert not path.exists() and str(path) not in set().union(*server[2].temp_file_sets)
-    assert not any(item.is_file() for item in server[1].rglob("*"))
-
-
-def test_old_files_are_deleted(tmp_path):
-    """Files of the given age and folders are deleted; newer ones, and what links lead to, stay."""
-    folder, outside = tmp_path / "uploads", tmp_path / "outside"
-    for path in folder / "a" / "new.jpg", folder / "b" / "old.jpg", outside / "kept.jpg":
-        path.parent.mkdir(parents=True)
-        path.write_bytes(b"photo")
-    (folder / "link").symlink_to(outside)
-    os.utime(folder / "b" / "old.jpg", (0, 0))
-    guard.delete_old_files(folder, 60)
-    assert sorted(path.name for path in folder.rglob("*.jpg")) == ["new.jpg"]
-    for _ in range(2):  # a folder changes when its last file is deleted
-        guard.delete_old_files(folder, 0)
-    assert not list(folder.iterdir()) and (outside / "kept.jpg").exists()
 
 
 # ---------------------------------------------------------------------------- browser
@@ -362,17 +249,12 @@ def test_decoding_controls(page, photos):
 
 
 def test_no_request_leaves_the_computer(server, page, photos):
-    """The browser contacts the server alone, and refuses to contact another if a script tries."""
+    """The browser contacts the server alone."""
     add(page, photos[0])
     page.wait_for_timeout(1000)
     own = f"http://127.0.0.1:{server[0]}/", "data:", "blob:"
     assert len(page.addresses) > 5
     assert [address for address in page.addresses if not address.startswith(own)] == []
-    refused = """() => new Promise(resolve => {
-        document.addEventListener("securitypolicyviolation", event => resolve(event.blockedURI));
-        fetch("http://127.0.0.1:9/x").catch(() => setTimeout(() => resolve("tried"), 500));
-    })"""
-    assert page.evaluate(refused) == "http://127.0.0.1:9/x"
 
 
 def test_the_page_fits_a_phone(page, photos):
