@@ -28,6 +28,8 @@ class CocoCaptions:
     image_ids: COCO's ids.
     paths: the image files.
     captions: a list of captions per image.
+    sources: the "source" of each image in the captions file, such as "coco"; "" if it has none.
+        Images of several sources are scored apart.
     uncaptioned: file names of the listed images that have no caption and are left out.
     description: that in the "info" of the captions file, on one line, or else the file's name.
     """
@@ -39,7 +41,8 @@ class CocoCaptions:
             raise DataError(f"there is no image folder {image_dir}; check the path")
         coco = read_captions(captions_file)
         self.description = _description(coco.dataset.get("info")) or self.captions_file.name
-        self.image_ids, self.paths, self.captions, self.uncaptioned = [], [], [], []
+        self.image_ids, self.paths, self.captions, self.sources = [], [], [], []
+        self.uncaptioned = []
         root = os.path.realpath(image_dir)
         for image_id in sorted(coco.getImgIds()):
             name = coco.imgs[image_id]["file_name"]
@@ -53,6 +56,7 @@ class CocoCaptions:
             self.image_ids.append(image_id)
             self.paths.append(Path(image_dir, name))
             self.captions.append(captions)
+            self.sources.append(str(coco.imgs[image_id].get("source", "")))
         if not self.paths:
             raise DataError(f"{captions_file} has no image with a caption")
 
@@ -67,7 +71,7 @@ class CocoCaptions:
     def without(self, rows) -> "CocoCaptions":
         """A copy in which the images with these row numbers are left out."""
         smaller = copy.copy(self)
-        for name in ("image_ids", "paths", "captions"):
+        for name in ("image_ids", "paths", "captions", "sources"):
             kept = [value for row, value in enumerate(getattr(self, name)) if row not in rows]
             setattr(smaller, name, kept)
         return smaller

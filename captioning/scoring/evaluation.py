@@ -5,6 +5,7 @@ share of the split, and all ranks get the results.
 """
 
 from dataclasses import asdict
+from statistics import mean
 
 import torch
 from torch.utils.data import DataLoader
@@ -48,8 +49,23 @@ def caption_split(model, images, batch_size=64, **options) -> list[str]:
 
 
 def score(candidates, data, vocab, training_captions=()) -> dict:
-    """The scores of generated captions, one per image of `data`, and diagnostics."""
-    scores, _ = caption_scores(candidates, data.captions)
+    """The scores of generated captions, one per image of `data`, and diagnostics.
+
+    If the images are of several sources, "sources" has the scores of each, with document
+    frequencies of its own for CIDEr-D, and the other scores are the means over the sources.
+    """
+    sources = sorted(set(data.sources))
+    apart = {}
+    for source in sources:
+        rows = [row for row, name in enumerate(data.sources) if name == source]
+        own = [candidates[row] for row in rows], [data.captions[row] for row in rows]
+        apart[source], _ = caption_scores(*own)
+    scores = apart[sources[0]]
+    if len(sources) > 1:
+        means = {
+            name: mean(of[name] for of in apart.values()) for name in scores if name != "tokenizer"
+        }
+        scores = scores | means | {"sources": apart}
     return {
         "unk_rate": unk_rate(data.all_captions, set(vocab.words)),
         **scores,

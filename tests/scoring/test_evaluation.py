@@ -1,10 +1,14 @@
 """The teacher-forced loss of a split, and the captions generated for it."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_config
+from pycocoevalcap.cider.cider import Cider
 
-from captioning.scoring.evaluation import caption_split, evaluate_loss
+from captioning.base.tokens import tokenize
+from captioning.scoring.evaluation import caption_split, evaluate_loss, score
 from data_loader import ImageDataset, get_loader
 from train import build_run
 
@@ -65,3 +69,23 @@ def test_captions_of_a_split(trained):
     assert captions == caption_split(model, images, beam_size=2, max_len=9)
     assert captions == caption_split(model, trained.val_images, beam_size=2, max_len=9)
     assert len(set(captions)) >= 3
+
+
+def test_images_of_two_sources_are_scored_apart(trained):
+    """CIDEr-D is the mean of those of the sources, each with document frequencies of its own."""
+    data = copy.copy(trained.val_loader.dataset.data)
+    candidates = [captions[0].split(".")[0] for captions in data.captions[1:] + data.captions[:1]]
+    data.sources, vocab = ["a"] * 5 + ["b"] * (len(data) - 5), trained.model.vocab
+    first = Cider().compute_score(*tokenized(data.captions[:5], candidates[:5]))[0]
+    second = Cider().compute_score(*tokenized(data.captions[5:], candidates[5:]))[0]
+    scores = score(candidates, data, vocab)
+    assert scores["sources"]["b"]["CIDEr-D"] == pytest.approx(second)
+    assert scores["CIDEr-D"] == pytest.approx((first + second) / 2)
+    data.sources = [""] * len(data)
+    assert score(candidates, data, vocab)["CIDEr-D"] != pytest.approx((first + second) / 2)
+
+
+def tokenized(references, candidates):
+    """The arguments of pycocoevalcap's scorers."""
+    truth = {row: [" ".join(tokenize(text)) for text in of} for row, of in enumerate(references)}
+    return truth, {row: [" ".join(tokenize(text))] for row, text in enumerate(candidates)}
