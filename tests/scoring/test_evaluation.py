@@ -87,5 +87,5 @@ def test_images_of_two_sources_are_scored_apart(trained):
 
 def tokenized(references, candidates):
     """The arguments of pycocoevalcap's scorers."""
-    truth = {row: [" ".join(tokenize(text)) for text in of} for row, of in enumerate(references)}
+    truth = {row: [" ".join(tokenize(text)) for text in of] for row, of in enumerate(references)}
     return truth, {row: [" ".join(tokenize(text))] for row, text in enumerate(candidates)}
