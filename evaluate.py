@@ -3,7 +3,8 @@
     python evaluate.py runs/x/best.pt val2017 --captions annotations/captions_val2017.json
     python evaluate.py runs/0/best.pt val2017 --captions C --ensemble runs/1/best.pt runs/2/best.pt
 
-Prints the metrics as JSON. `--results` also writes the captions in COCO's results format, exactly
+Prints the metrics as JSON. `--instances` adds CHAIR, the share of captions that name an object which
+is not in the picture, from COCO's instance annotations. `--results` also writes the captions in COCO's results format, exactly
 `[{"image_id": .., "caption": ..}]`. Images without reference captions: see caption.py.
 """
 
@@ -20,6 +21,7 @@ from captioning.data.features import PerModel, Views
 from captioning.data.image_files import check_results_path, write_results
 from captioning.decoding.ensemble import Ensemble
 from captioning.decoding.generate import DecodingOptions
+from captioning.scoring.chair import chair, objects_of
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from model import CaptionModel
@@ -39,11 +41,14 @@ def run(args) -> dict:
     models = [CaptionModel.from_checkpoint(path, device, args.precision) for path in paths]
     model = Ensemble(models) if args.ensemble else models[0]
     data = CocoCaptions(args.images, args.captions)
+    objects = objects_of(data.image_ids, args.instances) if args.instances else None
     features = [features_of(member, data, args.cache_dir) for member in models]
     features = PerModel(features) if args.ensemble else features[0]
     dataset = CaptionDataset(data, model.vocab, features=features)
     loader, images = get_loader(dataset, "val", BATCH_SIZE), ImageDataset(data, features=features)
     metrics, captions = evaluate_split(model, loader, images, **vars(options))
+    if objects is not None:
+        metrics |= chair(captions, data.captions, objects)
     if args.results:
         write_results(args.results, data.image_ids, captions)
     return {"models": len(models), **metrics}
@@ -61,6 +66,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="best.pt of a run")
     parser.add_argument("images", help="folder of images")
     parser.add_argument("--captions", required=True, help="their captions, in COCO's format")
+    parser.add_argument("--instances", help="their instance annotations, in COCO's format")
     parser.add_argument("--results", help="file for the captions, in COCO's results format")
     parser.add_argument("--ensemble", nargs="+", default=[], help="checkpoints to average with")
     add_arguments(parser, DecodingOptions)
