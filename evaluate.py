@@ -3,8 +3,8 @@
     python evaluate.py runs/x/best.pt val2017 --captions annotations/captions_val2017.json
     python evaluate.py runs/0/best.pt val2017 --captions C --ensemble runs/1/best.pt runs/2/best.pt
 
-Prints the metrics as JSON. `--instances` adds CHAIR, the share of captions that name an object which
-is not in the picture, from COCO's instance annotations. `--results` also writes the captions in COCO's results format, exactly
+Prints the metrics as JSON. `--instances` adds CHAIR, the share of captions that name an object
+that is not in the picture. `--results` also writes the captions in COCO's results format, exactly
 `[{"image_id": .., "caption": ..}]`. Images without reference captions: see caption.py.
 """
 

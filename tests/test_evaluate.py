@@ -12,9 +12,11 @@ from conftest import calibrated_weights, tiny_config
 from pycocotools.coco import COCO
 
 from captioning.base.checkpoints import save
+from captioning.data.coco import CocoCaptions
 from captioning.data.extraction import extract_features
 from captioning.data.features import Views
 from captioning.decoding.ensemble import Ensemble
+from captioning.scoring.chair import chair
 from captioning.scoring.evaluation import evaluate_split
 from evaluate import main
 from model import CaptionModel
@@ -161,3 +163,15 @@ def test_errors(best, dataset, capsys, monkeypatch, arguments):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and ERRORS[arguments] in error
     assert len(error) < 500 and "Traceback" not in error
+
+
+def test_instances(evaluate, shared_dataset, tmp_path):
+    """--instances adds CHAIR, of the generated captions and the annotated objects."""
+    images = COCO(str(shared_dataset / "captions.json")).dataset["images"]
+    content = {"images": images, "categories": [], "annotations": []}
+    file = tmp_path / "instances.json"
+    file.write_text(json.dumps(content))
+    metrics, captions = evaluate("--instances", file)
+    references = CocoCaptions(shared_dataset / "images", shared_dataset / "captions.json").captions
+    expected = chair(captions, references, [set()] * len(captions))
+    assert {name: metrics[name] for name in expected} == expected
