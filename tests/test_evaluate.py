@@ -52,6 +52,7 @@ def evaluate(best, shared_dataset, tmp_path, capsys):
         results = tmp_path / "results.json"
         files = ["--captions", shared_dataset / "captions.json", "--results", results]
         arguments = [best, shared_dataset / "images", *files, "--cache-dir", tmp_path, *options]
+        capsys.readouterr()  # what was printed before
         assert main([*map(str, arguments)]) == 0
         printed = capsys.readouterr()
         assert printed.err == ""
