@@ -16,9 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -27,51 +25,12 @@ from captioning.base.device import pick_device
 from captioning.base.options import add_arguments, from_args
 from captioning.data.coco import DataError
 from captioning.data.image_files import check_results_path, find_images, image_id_of, write_results
-from captioning.data.images import BadImageError, centre_crop
+from captioning.data.images import centre_crop
 from captioning.decoding.generate import DecodingOptions
 from model import PRETRAINED, CaptionModel
 
-BATCH_SIZE = 32
+FEW = 32  # photos, for which no progress bar is shown
 MAX_STEM = 60  # characters of a photo's name in the name of its picture: file systems limit names
-
-
-class Captioned(NamedTuple):
-    """The generated captions of an image file."""
-
-    path: Path
-    captions: list[str]  # at most n_best, best first
-    scores: list[float]  # of the captions, see `Decoded`
-    attention: np.ndarray | None  # of the best caption, see `Decoded.attention_maps`
-
-
-def caption_files(model, paths, on_bad=None, return_attention=False, **options):
-    """Caption image files; yields a `Captioned` for each, in order.
-
-    A batch of files is read when its captions are requested, so that the memory does not depend on
-    the number of files.
-
-    model: a `CaptionModel`. on_bad: a function that gets the BadImageError of a file that cannot be
-    read, which is then left out; None: it is raised. options: those of `DecodingOptions`.
-
-    Raises ValueError for attention of a model without.
-    """
-    for start in range(0, len(paths), BATCH_SIZE):
-        readable, images = [], []
-        for path in paths[start : start + BATCH_SIZE]:
-            try:
-                images.append(model.transform(path))
-                readable.append(path)
-            except BadImageError as error:
-                if on_bad is None:
-                    raise
-                on_bad(error)
-        if not readable:
-            continue
-        decoded = model.generate(torch.stack(images), **options)
-        maps = decoded.attention_maps() if return_attention else [None] * len(readable)
-        rows = zip(readable, model.decode(decoded), decoded.scores.tolist(), maps, strict=True)
-        for path, captions, scores, attention in rows:
-            yield Captioned(path, captions, scores[: len(captions)], attention)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -93,13 +52,13 @@ def run(args) -> int:
     print(f"model: {model.card['summary']}", file=sys.stderr)
     torch.manual_seed(args.seed)
     results = []
-    hide = len(paths) <= BATCH_SIZE or not sys.stderr.isatty()
+    hide = len(paths) <= FEW or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
-        for found in caption_files(model, paths, on_bad, bool(args.maps), **vars(options)):
+        for found in model.describe(paths, bool(args.maps), on_bad, **vars(options)):
             print_captions(found, with_scores=args.n_best > 1)
-            results.append((image_id_of(found.path), found.captions[0]))
+            results.append((image_id_of(found.image), found.captions[0]))
             if args.maps:
-                save_map(pictures[found.path], found, model.encoder.cnn.image_size)
+                save_map(pictures[found.image], found, model.encoder.cnn.image_size)
             bar.update()
     if args.json:
         write_json(args.json, results)
@@ -159,7 +118,7 @@ def save_map(file, found, size):
 
     from captioning.figures.plots import attention_maps
 
-    image = centre_crop(found.path, size)
+    image = centre_crop(found.image, size)
     figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
     figure.savefig(file)
     plt.close(figure)
@@ -168,7 +127,7 @@ def save_map(file, found, size):
 def print_captions(found, with_scores):
     """A line per caption: path, score if wanted, caption. `tqdm.write` keeps the bar below them."""
     for caption, score in zip(found.captions, found.scores, strict=True):
-        columns = [str(found.path), *([f"{score:.3f}"] if with_scores else []), caption]
+        columns = [str(found.image), *([f"{score:.3f}"] if with_scores else []), caption]
         tqdm.write("\t".join(columns), file=sys.stdout)
     sys.stdout.flush()
 

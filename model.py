@@ -20,12 +20,10 @@ from torch import nn
 
 from captioning.base.checkpoints import FORMAT, load_checkpoint
 from captioning.base.device import autocast, resolve_precision
-from captioning.base.modules import eval_mode, select
+from captioning.base.modules import select
 from captioning.base.tokens import PAD
 from captioning.data.images import eval_transform
 from captioning.decoding.captioner import Captioner
-from captioning.decoding.decoded import Decoded
-from captioning.decoding.generate import generate
 from captioning.networks.attention import AttentionDecoder
 from captioning.networks.backbones import input_settings
 from captioning.networks.cnn import CNN
@@ -199,11 +197,6 @@ class CaptionModel(Captioner, nn.Module):
         weight = self.decoder.linear.weight  # images and features get its device and dtype
         features = self.encoder.cnn(images.to(weight)) if features is None else features.to(weight)
         return self.encoder.project(features)
-
-    def generate(self, images=None, features=None, **options) -> Decoded:
-        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""
-        with eval_mode(self), self.autocast():
-            return generate(self.decoder, self.encode(images, features), **options)
 
     def preprocess(self, images):
         """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""

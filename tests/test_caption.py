@@ -18,7 +18,7 @@ from conftest import calibrated_weights
 from PIL import Image
 from pycocotools.coco import COCO
 
-from caption import BATCH_SIZE, caption_files, main
+from caption import main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError
 from captioning.figures import plots
@@ -93,13 +93,6 @@ def test_lines(command, model, photos):
     assert command(*chosen) == (0, lines(chosen, captions), [f"model: {SUMMARY}"])
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_batches(command, model, photos, monkeypatch, batch_size):
-    """The number of photos per batch changes no caption."""
-    monkeypatch.setattr("caption.BATCH_SIZE", batch_size)
-    assert command(*photos)[1] == lines(photos, model.caption(photos))
-
-
 def test_folder(command, model, photos):
     """A folder stands for all images in it and its subfolders, sorted, whatever their suffix.
 
@@ -128,8 +121,8 @@ def test_standard_input(command, model, photos, monkeypatch):
 
 def test_files_are_read_batch_by_batch(model, photos):
     """The captions of a batch are there before a file of the next one is opened."""
-    captions = caption_files(model, [photos[0]] * BATCH_SIZE + ["nowhere.jpg"])
-    assert [next(captions).path for _ in range(BATCH_SIZE)] == [photos[0]] * BATCH_SIZE
+    captions = model.describe([*photos[:4], "nowhere.jpg"], batch_size=4)
+    assert [next(captions).image for _ in range(4)] == photos[:4]
     with pytest.raises(BadImageError, match=r"nowhere.jpg"):
         next(captions)
 
@@ -271,13 +264,12 @@ def kinds_of_damage(photo):
     }
 
 
-def test_damaged_files(command, model, photos, monkeypatch, recwarn):
+def test_damaged_files(command, model, photos, recwarn):
     """Files that cannot be read are named, each in a line; the good ones between them captioned.
 
     So are a missing file, a link to nowhere, a pipe, a name that is too long, and a folder without
     images; the exit status is 1.
     """
-    monkeypatch.setattr("caption.BATCH_SIZE", 5)
     damaged = kinds_of_damage(photos[0])
     for name, content in damaged.items():
         Path(name).write_bytes(content)
@@ -310,7 +302,7 @@ def test_files_are_opened_once(model, photos):
     Path("bad.jpg").write_text("text")
     paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
     with mock.patch("captioning.data.images.Image.open", wraps=Image.open) as opened:
-        found = [x.captions[0] for x in caption_files(model, paths, bad.append, beam_size=3)]
+        found = [x.captions[0] for x in model.describe(paths, on_bad=bad.append, beam_size=3)]
     assert Counter(call.args[0] for call in opened.call_args_list) == Counter(paths)
     assert found == model.caption(photos[:4]) and len(bad) == 2
 
@@ -358,11 +350,13 @@ def test_default_checkpoint(checkpoint, model, photos, monkeypatch, capsys):
 def test_ctrl_c(command, photos, monkeypatch):
     """Ctrl-C ends the command with status 130, without a traceback; earlier captions are there."""
 
-    def interrupted(*args, **options):
-        yield from caption_files(args[0], args[1][:2], **options)
+    describe = CaptionModel.describe
+
+    def interrupted(model, paths, *args, **options):
+        yield from describe(model, paths[:2], *args, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("caption.caption_files", interrupted)
+    monkeypatch.setattr(CaptionModel, "describe", interrupted)
     status, printed, errors = command(*photos)
     assert status == 130 and len(printed) == 2 and errors == [f"model: {SUMMARY}"]
 
@@ -379,7 +373,7 @@ def test_closed_pipe(command, photos, monkeypatch):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_bar(command, photos, monkeypatch, terminal):
     """Many photos have a progress bar on standard error if that is a terminal."""
-    monkeypatch.setattr("caption.BATCH_SIZE", 5)
+    monkeypatch.setattr("caption.FEW", 5)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     assert any("/12 [" in line for line in command(*photos)[2]) == terminal
 

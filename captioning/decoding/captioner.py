@@ -1,42 +1,89 @@
 """Captioning of images, for a single model and for an ensemble."""
 
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
+from captioning.base.modules import eval_mode
+from captioning.data.images import BadImageError
 from captioning.decoding.decoded import Decoded
+from captioning.decoding.generate import generate
+
+
+class Captioned(NamedTuple):
+    """The generated captions of an image."""
+
+    image: Any  # path or PIL image
+    captions: list[str]  # at most n_best, best first
+    scores: list[float]  # of the captions, see `Decoded`
+    attention: np.ndarray | None  # of the best caption, see `Decoded.attention_maps`
 
 
 class Captioner:
-    """What `CaptionModel` and `Ensemble` have in common. Both have a `vocab` and
+    """What `CaptionModel` and `Ensemble` have in common. Both have a `vocab`, a `decoder`, and
 
     preprocess(images)          a list of paths or PIL images -> a batch; raises BadImageError
-    generate(batch, **options)  the batch -> `Decoded`; options: those of `DecodingOptions`
+    encode(images, features)    a batch of images or of features -> what the decoder takes
+    autocast()                  the precision, as a context manager
     """
 
-    def caption(self, images, n_best=None, batch_size=32, return_attention=False, **options):
+    def caption(self, images, n_best=None, return_attention=False, **options):
         """Caption an image (path or PIL image) or an iterable of images.
 
         Returns a string per image or, with `n_best`, a list of strings, best first. options: those
-        of `DecodingOptions`. Raises BadImageError.
+        of `describe`. Raises BadImageError.
 
         return_attention: also return the attention of each image's first caption, see
-            `Decoded.attention_maps`.
+            `Decoded.attention_maps`. Raises ValueError if the model has none.
         """
-        images = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-        captions, maps = [], []
-        for start in range(0, len(images), batch_size):
-            batch = self.preprocess(images[start : start + batch_size])
-            decoded = self.generate(batch, n_best=n_best or 1, **options)
-            captions += self.decode(decoded)
-            maps += decoded.attention_maps() if return_attention else []
-        if n_best is None:
-            captions = [best for best, *_ in captions]
-        return (captions, maps) if return_attention else captions
+        found = list(self.describe(images, return_attention, n_best=n_best or 1, **options))
+        captions = [x.captions[0] if n_best is None else x.captions for x in found]
+        return (captions, [x.attention for x in found]) if return_attention else captions
+
+    def describe(self, images, return_attention=False, on_bad=None, batch_size=32, **options):
+        """Yields a `Captioned` for each image, in order; an image is read when it is needed.
+
+        on_bad: a function that gets the BadImageError of an image that cannot be read, which is
+            then left out; None: it is raised. options: those of `DecodingOptions`.
+        """
+        one = isinstance(images, (str, Path, Image.Image))
+        remaining = iter([images] if one else images)
+        while batch := list(islice(remaining, batch_size)):
+            readable, inputs = [], []
+            for image in batch:
+                try:
+                    inputs.append(self.preprocess([image]))
+                    readable.append(image)
+                except BadImageError as error:
+                    if on_bad is None:
+                        raise
+                    on_bad(error)
+            if not readable:
+                continue
+            decoded = self.generate(concatenate(inputs), **options)
+            maps = decoded.attention_maps() if return_attention else [None] * len(readable)
+            rows = zip(readable, self.decode(decoded), decoded.scores.tolist(), maps, strict=True)
+            for image, captions, scores, attention in rows:
+                yield Captioned(image, captions, scores[: len(captions)], attention)
+
+    def generate(self, images=None, features=None, **options) -> Decoded:
+        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""
+        with eval_mode(self), self.autocast():
+            return generate(self.decoder, self.encode(images, features), **options)
 
     def decode(self, decoded: Decoded) -> list[list[str]]:
         """Token ids (B, N, L) as N captions for each of B images; fewer, if fewer were found."""
         found = (decoded.scores > -torch.inf).sum(1).clamp(min=1).tolist()
         rows = zip(decoded.tokens.tolist(), found, strict=True)
         return [[self.vocab.decode(ids) for ids in captions[:n]] for captions, n in rows]
+
+
+def concatenate(batches):
+    """Batches as one: tensors, or tuples with a tensor for each model of an ensemble."""
+    if isinstance(batches[0], tuple):
+        return tuple(map(torch.cat, zip(*batches, strict=True)))
+    return torch.cat(batches)

@@ -11,10 +11,7 @@ import contextlib
 import torch
 from torch import nn
 
-from captioning.base.modules import eval_mode
 from captioning.decoding.captioner import Captioner
-from captioning.decoding.decoded import Decoded
-from captioning.decoding.generate import generate
 
 
 class Ensemble(Captioner, nn.Module):
@@ -56,11 +53,6 @@ class Ensemble(Captioner, nn.Module):
             with model.autocast():
                 encoded.append(model.encode(*own))
         return tuple(encoded)
-
-    def generate(self, images=None, features=None, **options) -> Decoded:
-        """Captions as token ids; see `CaptionModel.generate`."""
-        with eval_mode(self), self.autocast():
-            return generate(self.decoder, self.encode(images, features), **options)
 
 
 class EnsembleDecoder:
