@@ -141,10 +141,10 @@ def test_array_of_another_device():
 
 
 def test_training_notebook(tmp_path, monkeypatch):
-    """The cells of 2_Training, with models on the GPU, a smaller model and 60 scenes."""
+    """The cells of 2_Training, with models on the GPU, a smaller model and 12 scenes."""
     matplotlib.use("Agg")
     monkeypatch.chdir(Path(__file__).parents[1])
-    write_synthetic(tmp_path / "data", {"train": 60, "val": 8, "test": 8})
+    write_synthetic(tmp_path / "data", {"train": 12, "val": 4, "test": 4})
     options = {"device": "cuda", "epochs": 1, "hidden_size": 16, "cache_dir": f"{tmp_path}/cache"}
     parameters = {"DATA_DIR": tmp_path / "data", "RUN_DIR": f"{tmp_path}/run", "OPTIONS": options}
     namespace = {}
