@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 
 import pytest
 import torch
@@ -308,10 +307,3 @@ def test_full_disk(dataset, capsys, monkeypatch):
     assert error.startswith("error: ") and "No space left" in error and "same command" in error
     assert contents(dataset / "out") == before
     assert main(resume) == 0
-
-
-def test_full_disk_for_features(dataset, fails, monkeypatch):
-    """If there is no room for the features, the run ends before training, with one sentence."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    assert str(dataset / "cache") in fails()
-    assert not list((dataset / "cache").glob("*/*.npy"))

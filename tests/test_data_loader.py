@@ -7,11 +7,9 @@ import pytest
 import torch
 from conftest import CAPTIONS
 from torch.utils.data import Dataset
-from training_runs import tiny_model
 
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import eval_transform
-from captioning.learning.losses import TeacherForcing
 from data_loader import BucketSampler, CaptionDataset, ImageDataset, ImageGroupedSampler, get_loader
 from vocabulary import PAD, Vocabulary
 
@@ -214,19 +212,6 @@ def test_every_image_once(data):
     assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
     assert torch.equal(torch.stack([item.image for item in dataset]), expected)
     assert len(dataset) == 12 and batches[0].captions is None
-
-
-def test_loss_of_grouped_images(data):
-    """Grouping images changes neither the loss of an epoch nor its gradient."""
-    model, results = tiny_model(TEXTS), []
-    features = torch.randn(12, 1, model.encoder.cnn.feature_size)
-    dataset, loss = CaptionDataset(data, model.vocab, features=features), TeacherForcing(model)
-    for group_images in (False, True):
-        sums = [loss(batch) for batch in get_loader(dataset, "train", 5, group_images=group_images)]
-        nll, targets = (sum(of_batch[name] for of_batch in sums) for name in ("loss", "targets"))
-        weights = [model.encoder.linear.weight, model.decoder.embedding.weight]
-        results.append([nll.detach(), targets, *torch.autograd.grad(nll, weights)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_mode(data, vocab):

@@ -156,7 +156,8 @@ def test_damaged_captions(dataset):
 
 
 def test_damaged_checkpoints(tmp_path):
-    """A damaged checkpoint is an error that names it, or its content is unchanged.
+    """A damaged checkpoint is an error that names it, or its content is unchanged; so is another
+    file.
 
     Not every byte of the file has a meaning; checksums cover those that do.
     """
@@ -171,3 +172,5 @@ def test_damaged_checkpoints(tmp_path):
     whole = path.read_bytes()
     contents = (damage(whole, np.random.default_rng(n), [whole[::-1]]) for n in range(200))
     assert refusals(path, contents, use, ValueError) > 100
+    foreign = [b"", b"hi", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
+    assert refusals(path, foreign, use, ValueError) == len(foreign)

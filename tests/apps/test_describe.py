@@ -103,7 +103,7 @@ def test_a_bad_file_is_a_sentence(model, photo, tmp_path, monkeypatch):
     """A file that is no image, has too many pixels, or has been deleted, is named without its
     folder, with what to do; the other photos are captioned.
     """
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 48)  # the photo's
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
     bad = [tmp_path / name for name in ("notes.jpg", "bomb.png", "old.jpg")]
     bad[0].write_text("no photo")
     Image.new("1", (100, 100)).save(bad[1])
