@@ -36,19 +36,23 @@ class NaiveDecoder:
     def linear(self, name, x):
         return self.weights[f"{name}.weight"] @ x + self.weights[f"{name}.bias"]
 
+    def lstm(self, name, x, state, layer=0):
+        """One step of one layer of an LSTM: its new (h, c)."""
+        h, c = state
+        w_ih, w_hh, b_ih, b_hh = (
+            self.weights[f"{name}.{part}_l{layer}"]
+            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        i, f, g, o = np.split(w_ih @ x + b_ih + w_hh @ h + b_hh, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        return sigmoid(o) * np.tanh(c), c
+
     def cell(self, x, state):
         """One step of the LSTM; the state is a list with one (h, c) per layer."""
         new_state = []
-        for layer, (h, c) in enumerate(state):
-            w_ih, w_hh, b_ih, b_hh = (
-                self.weights[f"lstm.{name}_l{layer}"]
-                for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-            )
-            i, f, g, o = np.split(w_ih @ x + b_ih + w_hh @ h + b_hh, 4)
-            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-            h = sigmoid(o) * np.tanh(c)
-            new_state.append((h, c))
-            x = h
+        for layer, old in enumerate(state):
+            new_state.append(self.lstm("lstm", x, old, layer))
+            x = new_state[-1][0]
         return new_state
 
     def init_state(self, image):
@@ -95,16 +99,6 @@ class NaiveAttentionDecoder(NaiveDecoder):
     def __init__(self, decoder):
         self.weights = {name: w.double().numpy() for name, w in decoder.state_dict().items()}
         self.heads = decoder.num_heads
-
-    def lstm(self, name, x, state):
-        h, c = state
-        w_ih, w_hh, b_ih, b_hh = (
-            self.weights[f"{name}.{part}_l0"]
-            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        )
-        i, f, g, o = np.split(w_ih @ x + b_ih + w_hh @ h + b_hh, 4)
-        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
-        return sigmoid(o) * np.tanh(c), c
 
     def init_state(self, image):
         sizes = [

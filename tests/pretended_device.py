@@ -136,6 +136,8 @@ SPECIAL = {
     Tensor.device.__get__: lambda func, tensor: device_of(tensor),
     Tensor.is_cuda.__get__: lambda func, tensor: device_of(tensor).type == "cuda",
     Tensor.grad.__get__: lambda func, tensor: _mark(func(tensor), device_of(tensor)),
+    # Its memo contains everything that has been copied.
+    Tensor.__deepcopy__: lambda func, tensor, memo: _mark(func(tensor, memo), device_of(tensor)),
     Tensor.to: _to,
     Tensor.cpu: lambda func, tensor, **kwargs: _to(func, tensor, "cpu"),
     Tensor.cuda: lambda func, tensor, device="cuda", **kwargs: _to(func, tensor, device),

@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
-import struct
-import zlib
 
 import pytest
 import torch
@@ -26,10 +23,11 @@ def fails(dataset, capsys):
     def run(**changes):
         config = tiny_config(dataset)
         flags = [word for name, value in changes.items() for word in flag(name, value)]
+        before = contents(config.out)
         assert main(command_line(config) + flags) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "Traceback" not in error
-        assert contents(config.out) == {}
+        assert contents(config.out) == before
         return error
 
     return run
@@ -121,64 +119,43 @@ def test_invalid_entry(captions_file, fails, write, content, key, change, messag
     assert str(captions_file) in error and message in error
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "..", "/etc/passwd", "\0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.jpg",
+        "a/../../secret.jpg",
+        "..",
+        "/etc/passwd",
+        "\0",
+        "link.jpg",
+        "part/secret.jpg",
+    ],
+)
 def test_file_name_that_leads_outside(dataset, fails, write, content, name):
-    """A file_name that leads out of the image folder is refused, even if the file exists."""
+    """A file_name that leads out of the image folder is refused, even if the file exists: by its
+    path, or by a link that is the image or a folder above it.
+    """
     Image.new("RGB", (9, 9)).save(dataset / "secret.jpg")
+    (dataset / "images" / "link.jpg").symlink_to(dataset / "secret.jpg")
+    (dataset / "images" / "part").symlink_to(dataset)
     content["images"][7]["file_name"] = name
     write(content)
     assert "leads outside" in fails()
 
 
-@pytest.mark.parametrize("link", ["file", "folder"])
-def test_link_that_leads_outside(dataset, fails, write, content, link):
-    """A link out of the image folder is refused, whether it is the image or a folder above it."""
-    (dataset / "secret").mkdir()
-    shutil.copy(dataset / "images" / "07.jpg", dataset / "secret")
-    if link == "file":
-        (dataset / "images" / "07.jpg").unlink()
-        (dataset / "images" / "07.jpg").symlink_to(dataset / "secret" / "07.jpg")
-    else:
-        (dataset / "images" / "part").symlink_to(dataset / "secret")
-        content["images"][7]["file_name"] = "part/07.jpg"
-        write(content)
-    assert "leads outside" in fails()
-
-
-def test_images_without_captions(dataset, write, content, capsys):
-    """Images without captions are excluded, and their number is printed."""
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 102]
-    write(content)
-    assert main(command_line(tiny_config(dataset, epochs=1))) == 0
-    printed = capsys.readouterr().out
-    assert "3 images have no caption" in printed and "9 training and 9 validation" in printed
-
-
 # ---------------------------------------------------------------------------- images
-
-
-def png_header(width, height):
-    """A PNG of a few bytes whose header announces an image of that size."""
-
-    def chunk(name, data):
-        check = struct.pack(">I", zlib.crc32(name + data))
-        return struct.pack(">I", len(data)) + name + data + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 @pytest.fixture
 def bad_images(dataset):
-    """Six kinds of unreadable images among the twelve; their paths."""
-    paths = [dataset / "images" / f"0{number}.jpg" for number in range(6)]
+    """Five kinds of unreadable images among the twelve; their paths."""
+    paths = [dataset / "images" / f"0{number}.jpg" for number in range(5)]
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes()[: paths[1].stat().st_size // 2])
     paths[2].write_bytes(b"")
     paths[3].write_bytes(b"a text and no image\n" * 50)
-    paths[4].write_bytes(png_header(50_000, 50_000))
-    paths[5].unlink()
-    paths[5].mkdir()
+    paths[4].unlink()
+    paths[4].mkdir()
     return paths
 
 
@@ -186,20 +163,23 @@ def bad_images(dataset):
 def test_unreadable_images(dataset, bad_images, fails, fine_tune):
     """Unreadable images stop the run before training; all are named at once, and no other."""
     error = fails(fine_tune=fine_tune)
-    named = [
-        path for number in range(12) if str(path := dataset / f"images/{number:02}.jpg") in error
-    ]
-    assert named == bad_images and "--skip-bad-images" in error
+    assert set(re.findall(r"\S+\.jpg", error)) == {str(path) for path in bad_images}
+    assert "--skip-bad-images" in error
 
 
 @pytest.mark.parametrize("fine_tune", ["none", "all"])
-def test_skip_bad_images(dataset, bad_images, capsys, fine_tune):
-    """With --skip-bad-images the run excludes unreadable images and prints their names."""
+def test_skip_bad_images(dataset, bad_images, write, content, capsys, fine_tune):
+    """With --skip-bad-images the run excludes unreadable images and prints their names; those
+    without captions are excluded too, and their number is printed.
+    """
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 109]
+    write(content)
     config = tiny_config(dataset, skip_bad_images=True, fine_tune=fine_tune, epochs=1)
     assert main(command_line(config)) == 0
     printed = capsys.readouterr().out
     assert all(str(path) in printed for path in bad_images)
-    assert json.loads((dataset / "out" / "metrics.json").read_text())["images"] == 6
+    assert "3 images have no caption" in printed and "4 training and 4 validation" in printed
+    assert json.loads((dataset / "out" / "metrics.json").read_text())["images"] == 4
 
 
 def test_no_readable_image(dataset, fails):
@@ -219,45 +199,22 @@ def test_too_many_pixels(fails, monkeypatch, limit):
 # ---------------------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        {"backbone": "resnet51"},
-        {"weights": "IMAGENET1K_V9"},
-        {"weights": "no/such/weights.pt"},
-        {"device": "quantum"},
-        {"embed_size": 0},
-        {"hidden_size": -1},
-        {"num_layers": 0},
-        {"batch_size": 0},
-        {"epochs": 0},
-        {"dropout": 2.0},
-        {"seed": -1},
-        {"seed": 2**70},
-        {"weight_decay": float("nan")},
-        {"patience": -1},
-        {"save_every": -500},
-        {"num_workers": -2},
-        {"learning_rate": 0.0},
-        {"grad_clip": -1.0},
-        {"grad_accum_steps": 0},
-        {"init_from": "no/such/best.pt"},
-        {"crops": -1},
-    ],
-    ids=str,
-)
+INVALID = """backbone=resnet51 weights=IMAGENET1K_V9 weights=no/such/weights.pt device=quantum
+    embed_size=0 hidden_size=-1 num_layers=0 batch_size=0 epochs=0 dropout=2.0 seed=-1
+    seed=1180591620717411303424 weight_decay=nan patience=-1 save_every=-500 num_workers=-2
+    learning_rate=0.0 grad_clip=-1.0 grad_accum_steps=0 init_from=no/such/best.pt crops=-1"""
+
+
+@pytest.mark.parametrize("option", INVALID.split())
 def test_invalid_options(fails, option):
     """An invalid option is an error that shows its value."""
-    (value,) = option.values()
-    assert str(value) in fails(**option)
+    name, value = option.split("=")
+    assert value in fails(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["inject", "precision", "best_by"])
-def test_unknown_choices(dataset, capsys, name):
-    """An unknown choice is an error, which lists the known ones in Python."""
-    with pytest.raises(SystemExit) as caught:
-        main([*command_line(tiny_config(dataset)), *flag(name, "other")])
-    assert caught.value.code == 2 and "'other'" in capsys.readouterr().err
+def test_unknown_choices(dataset, name):
+    """An unknown choice is an error that lists the known ones."""
     with pytest.raises(ValueError, match=f"unknown {name} 'other'; choose from"):
         tiny_config(dataset, **{name: "other"})
 
@@ -279,11 +236,10 @@ def test_options_that_contradict_each_other(fails, options, text):
 
 
 @pytest.mark.parametrize("name", ["out", "cache_dir"])
-def test_files_in_place_of_folders(dataset, captions_file, capsys, name):
+def test_files_in_place_of_folders(captions_file, fails, name):
     """A file in place of the folder for results or features is named, with the option."""
-    assert main(command_line(tiny_config(dataset, **{name: str(captions_file)}))) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(captions_file) in error
+    error = fails(**{name: str(captions_file)})
+    assert str(captions_file) in error
     assert f"choose another --{name.replace('_', '-')}" in error
 
 
@@ -320,26 +276,15 @@ def save(dataset):
     assert not (dataset / "unpickled").exists()
 
 
+@pytest.mark.parametrize("option", ["weights", "init_from", "resume"])
 @pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
-def test_resume_from_something_else(dataset, capsys, save, kind):
-    """A last.pt that is no checkpoint of a run is named, kept, and none of its code is run."""
-    path = dataset / "out" / "last.pt"
-    path.parent.mkdir()
+def test_file_of_something_else(dataset, fails, save, option, kind):
+    """A file that does not fit, also as the last.pt of a run, is named; none of its code is run."""
+    path = dataset / ("out/last.pt" if option == "resume" else "weights.pt")
+    path.parent.mkdir(exist_ok=True)
     save(path, kind)
-    before = contents(path.parent)
-    assert main([*command_line(tiny_config(dataset)), "--resume"]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and str(path) in error
-    assert contents(path.parent) == before
-
-
-@pytest.mark.parametrize("option", ["weights", "init_from"])
-@pytest.mark.parametrize("kind", ["truncated", "empty", "other weights", "a list", "code"])
-def test_weights_from_something_else(dataset, fails, save, option, kind):
-    """A file that does not fit is named, and none of its code is run."""
-    save(dataset / "weights.pt", kind)
-    error = fails(**{option: str(dataset / "weights.pt")})
-    assert str(dataset / "weights.pt") in error and len(error) < 600
+    error = fails(**{option: True if option == "resume" else str(path)})
+    assert str(path) in error and len(error) < 600
 
 
 # ---------------------------------------------------------------------------- full disks
@@ -362,10 +307,3 @@ def test_full_disk(dataset, capsys, monkeypatch):
     assert error.startswith("error: ") and "No space left" in error and "same command" in error
     assert contents(dataset / "out") == before
     assert main(resume) == 0
-
-
-def test_full_disk_for_features(dataset, fails, monkeypatch):
-    """If there is no room for the features, the run ends before training, with one sentence."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    assert str(dataset / "cache") in fails()
-    assert not list((dataset / "cache").glob("*/*.npy"))

@@ -5,16 +5,14 @@ import json
 import os
 import shutil
 import sys
-import zlib
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import calibrated_weights
+from conftest import flag, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -22,20 +20,17 @@ from caption import main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError
 from captioning.figures import plots
-from model import CaptionModel, ModelConfig
-from vocabulary import Vocabulary
+from model import CaptionModel
+from vocabulary import SPECIAL_TOKENS
 
-VOCAB = Vocabulary.build(["a cat", "a dog runs", "a red bus", "sits"], threshold=1)
-TINY = ModelConfig(
-    backbone="mobilenet_v3_small", image_size=64, embed_size=16, hidden_size=32, precision="float32"
-)
+WORDS = [*SPECIAL_TOKENS, "a", "bus", "cat", "dog", "red", "runs", "sits"]
 SUMMARY = "trained on nothing: random weights"
 
 
 def write_checkpoint(path, **changes):
     """A tiny model with random weights, whose captions differ from image to image."""
+    model = tiny_model(WORDS, hidden_size=32, **changes)
     torch.manual_seed(1)
-    model = CaptionModel(VOCAB, replace(TINY, **changes), calibrated_weights())
     for weight in (*model.decoder.parameters(), *model.encoder.linear.parameters()):
         torch.nn.init.normal_(weight)
     model.card = {"summary": SUMMARY}
@@ -54,7 +49,7 @@ def attend(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("attend") / "best.pt", inject="attend")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(checkpoint):
     return CaptionModel.from_checkpoint(checkpoint)
 
@@ -147,7 +142,7 @@ def test_n_best(command, model, photos):
 )
 def test_options_of_beam_search(command, model, photos, options):
     """The flags are the options of `CaptionModel.caption`."""
-    flags = [x for name, value in options.items() for x in ("--" + name.replace("_", "-"), value)]
+    flags = [word for option in options.items() for word in flag(*option)]
     expected = model.caption(photos, **options)
     assert command(*photos, *flags)[1] == lines(photos, expected)
     assert expected != model.caption(photos)
@@ -155,6 +150,7 @@ def test_options_of_beam_search(command, model, photos, options):
 
 def test_temperature(command, model, photos):
     """Sampled captions depend on the seed and on the temperature."""
+    photos = photos[:5]
     first, again, hot, other = (
         command(*photos, "--temperature", *options)[1]
         for options in ([1], [1, "--seed", 0], [3], [1, "--seed", 1])
@@ -231,10 +227,8 @@ def test_names_of_maps(command, attend, photos):
     before = {path: Path(path).read_bytes() for path in (*photos, long)}
     assert command(photos[1], long, "--maps", ".", checkpoint=attend)[0] == 0
     assert all(Path(path).read_bytes() == content for path, content in before.items())
-    assert {path.name for path in Path().iterdir()} - before.keys() == {
-        "01-2.jpg",
-        f"{long[:60]}.jpg",
-    }
+    written = {path.name for path in Path().iterdir()} - before.keys()
+    assert written == {"01-2.jpg", f"{long[:60]}.jpg"}
 
 
 # ---------------------------------------------------------------------------- what goes wrong
@@ -242,22 +236,18 @@ def test_names_of_maps(command, attend, photos):
 
 def kinds_of_damage(photo):
     """{file name: content} of files that are no readable images, each made from a good one."""
-    encoded = {}
-    for suffix in ("jpg", "png", "gif", "webp"):
+    files = {}
+    for suffix, kind in (("png", "png"), ("gif", "gif"), ("webp", "webp"), ("jpg", "jpeg")):
         buffer = io.BytesIO()
-        Image.open(photo).resize((200, 150)).save(buffer, "jpeg" if suffix == "jpg" else suffix)
-        encoded[suffix] = buffer.getvalue()
-    files = {f"half.{suffix}": data[: len(data) // 2] for suffix, data in encoded.items()}
-    files |= {f"header.{suffix}": b"?" * 12 + data[12:] for suffix, data in encoded.items()}
-    png, jpg = encoded["png"], encoded["jpg"]
-    header = png[12:16] + b"\0\1\0\0" * 2 + png[24:29]  # of 65536 x 65536 pixels
-    size = jpg.index(b"\xff\xc0") + 5
+        Image.open(photo).resize((200, 150)).save(buffer, kind)
+        good = buffer.getvalue()
+        files[f"half.{suffix}"] = good[: len(good) // 2]
+        files[f"header.{suffix}"] = b"?" * 12 + good[12:]
+    size = good.index(b"\xff\xc0") + 5  # of the JPEG
     return files | {
-        "huge.png": png[:12] + header + zlib.crc32(header).to_bytes(4, "big") + png[33:],
-        "huge.jpg": jpg[:size] + b"\xff\x00" * 2 + jpg[size + 4 :],
-        "no_pixels.jpg": jpg[:size] + b"\0" * 4 + jpg[size + 4 :],
+        "huge.jpg": good[:size] + b"\xff\x00" * 2 + good[size + 4 :],
+        "no_pixels.jpg": good[:size] + b"\0" * 4 + good[size + 4 :],
         "empty.jpg": b"",
-        "zeros.jpg": bytes(1000),
         "page.jpg": b"<html></html>",
         "eps.jpg": b"%!PS-Adobe-3.0 EPSF",
         "warning.tif": b"II*\0" + b"\1" * 300,  # Pillow prints a warning
@@ -308,13 +298,8 @@ def test_files_are_opened_once(model, photos):
 
 
 ERRORS = {
-    "00.jpg --n-best 0": "n_best is 0, but must be at least 1",
-    "00.jpg --beam-size 0": "beam_size is 0, but must be at least 1",
     "00.jpg --n-best 4 --beam-size 3": "needs a beam_size at least as large",
-    "00.jpg --temperature 1 --n-best 2": "cannot be combined with a beam",
-    "00.jpg --temperature 1 --beam-size 2": "cannot be combined with a beam",
     "00.jpg --temperature -1": "temperature is -1.0, but must be at least 0",
-    "00.jpg --temperature inf": "temperature must be 0",
     "00.jpg --maps maps": "--inject attend",
     "00.jpg --maps 01.jpg": "01.jpg is not a folder",
     "00.jpg --json nowhere/out.json": "no folder nowhere",
@@ -375,7 +360,7 @@ def test_progress_bar(command, photos, monkeypatch, terminal):
     """Many photos have a progress bar on standard error if that is a terminal."""
     monkeypatch.setattr("caption.FEW", 5)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    assert any("/12 [" in line for line in command(*photos)[2]) == terminal
+    assert any("/12 [" in line for line in command(*photos, "--beam-size", "1")[2]) == terminal
 
 
 # ---------------------------------------------------------------------------- photos/
@@ -384,19 +369,17 @@ FOLDER = Path(__file__).parent.parent / "photos"
 PHOTOS = sorted(FOLDER.glob("*.jpg"))
 
 
-@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.name)
-def test_photo(path):
-    """A photo has at most 60 KB and 640 pixels per side, no EXIF data, and a line of credits."""
-    image = Image.open(path)
-    assert path.stat().st_size <= 60_000 and max(image.size) <= 640
-    assert image.format == "JPEG" and not image.getexif() and "exif" not in image.info
-    assert f"| `{path.name}` |" in (FOLDER / "CREDITS.md").read_text(encoding="utf-8")
-
-
-def test_captions_of_the_photos():
-    """Every photo has two captions, in COCO's format, and the sizes are those of the files."""
-    truth = COCO(str(FOLDER / "captions.json"))
+def test_photos():
+    """A photo has at most 60 KB and 640 pixels per side, no EXIF data, a line of credits, and two
+    captions, in COCO's format, with the size of the file.
+    """
+    truth, credits = COCO(str(FOLDER / "captions.json")), (FOLDER / "CREDITS.md").read_text("utf-8")
     assert sorted(image["file_name"] for image in truth.imgs.values()) == [p.name for p in PHOTOS]
-    for image in truth.imgs.values():
-        assert len(truth.imgToAnns[image["id"]]) == 2
-        assert Image.open(FOLDER / image["file_name"]).size == (image["width"], image["height"])
+    for entry in truth.imgs.values():
+        path = FOLDER / entry["file_name"]
+        image = Image.open(path)
+        assert path.stat().st_size <= 60_000 and max(image.size) <= 640
+        assert image.format == "JPEG" and not image.getexif() and "exif" not in image.info
+        assert f"| `{path.name}` |" in credits
+        assert len(truth.imgToAnns[entry["id"]]) == 2
+        assert image.size == (entry["width"], entry["height"])

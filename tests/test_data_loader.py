@@ -7,11 +7,9 @@ import pytest
 import torch
 from conftest import CAPTIONS
 from torch.utils.data import Dataset
-from training_runs import tiny_model
 
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import eval_transform
-from captioning.learning.losses import TeacherForcing
 from data_loader import BucketSampler, CaptionDataset, ImageDataset, ImageGroupedSampler, get_loader
 from vocabulary import PAD, Vocabulary
 
@@ -137,33 +135,38 @@ class Items(Dataset):
 
     def __getitem__(self, index):
         image, caption, features = self.dataset[index]
-        return (
-            (image, caption.int().numpy())
-            if features is None
-            else (None, caption.tolist(), features)
-        )
+        if features is None:
+            return image, caption.int().numpy()
+        return None, caption.tolist(), features
 
 
-def numbers_of(batch, data):
-    """The number of each image of a batch, in `data`."""
-    if batch.images is None:
-        assert (batch.features[:, 0, 1] == 10 * batch.features[:, 0, 0]).all()
-        return batch.features[:, 0, 0].int().tolist()
+@pytest.fixture(scope="module")
+def numbers_of(data):
+    """A function: the number of each image of a batch, in `data`."""
     numbers = {transform(path).numpy().tobytes(): n for n, path in enumerate(data.paths)}
-    return [numbers[image.numpy().tobytes()] for image in batch.images]
+
+    def find(batch):
+        if batch.images is None:
+            assert (batch.features[:, 0, 1] == 10 * batch.features[:, 0, 0]).all()
+            return batch.features[:, 0, 0].int().tolist()
+        return [numbers[image.numpy().tobytes()] for image in batch.images]
+
+    return find
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["CaptionDataset", "a dataset of one's own"])
-@pytest.mark.parametrize("inputs", [{"transform": transform}, {"features": FEATURES}], ids=str)
+@pytest.mark.parametrize(
+    "inputs", [{"transform": transform}, {"features": FEATURES}], ids=["images", "features"]
+)
 @pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_every_caption_with_its_image(data, vocab, own, inputs, batch_size):
+def test_every_caption_with_its_image(data, vocab, numbers_of, own, inputs, batch_size):
     """In all modes, an epoch has every caption once, with its own image or its features."""
     dataset = CaptionDataset(data, vocab, **inputs)
     modes = [("train", {}), ("val", {})] + [("train", {"group_images": True})] * (not own)
     for mode, options in modes:
         found, wrapped = Counter(), Items(dataset) if own else dataset
         for batch in get_loader(wrapped, mode, batch_size, **options):
-            numbers, index = numbers_of(batch, data), batch.image_index.tolist()
+            numbers, index = numbers_of(batch), batch.image_index.tolist()
             assert set(index) == set(range(len(numbers)))
             assert own or len(set(numbers)) == len(numbers)  # each image once
             assert batch.lengths.tolist() == (batch.captions != PAD).sum(1).tolist()
@@ -185,17 +188,6 @@ def test_collation(data, vocab, own):
     assert batch.lengths.tolist() == [len(ids) for ids in encoded]
     assert (batch.captions.dtype, batch.images.dtype) == (torch.int64, torch.float32)
     assert batch.images[batch.image_index].shape == (4, 3, 32, 32)
-
-
-def test_items(data, vocab):
-    """An item is one caption with its image or its features; there are as many as captions."""
-    rows = [n for n, captions in enumerate(CAPTIONS) for _ in captions]
-    images, features = CaptionDataset(data, vocab, transform), CaptionDataset(data, vocab, None)
-    features.features = FEATURES
-    for row, text, item, other in zip(rows, TEXTS, images, features, strict=True):
-        assert torch.equal(item.image, transform(data.paths[row])) and item.features is None
-        assert torch.equal(other.features, FEATURES[row]) and other.image is None
-        assert item.caption.tolist() == other.caption.tolist() == vocab.encode(text)
 
 
 def test_validation_has_a_fixed_order(data, vocab):
@@ -220,19 +212,6 @@ def test_every_image_once(data):
     assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
     assert torch.equal(torch.stack([item.image for item in dataset]), expected)
     assert len(dataset) == 12 and batches[0].captions is None
-
-
-def test_loss_of_grouped_images(data):
-    """Grouping images changes neither the loss of an epoch nor its gradient."""
-    model, results = tiny_model(TEXTS), []
-    features = torch.randn(12, 1, model.encoder.cnn.feature_size)
-    dataset, loss = CaptionDataset(data, model.vocab, features=features), TeacherForcing(model)
-    for group_images in (False, True):
-        sums = [loss(batch) for batch in get_loader(dataset, "train", 5, group_images=group_images)]
-        nll, targets = (sum(of_batch[name] for of_batch in sums) for name in ("loss", "targets"))
-        weights = [model.encoder.linear.weight, model.decoder.embedding.weight]
-        results.append([nll.detach(), targets, *torch.autograd.grad(nll, weights)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_mode(data, vocab):

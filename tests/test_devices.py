@@ -1,6 +1,7 @@
 """Everything runs on a GPU as far as the device of each tensor goes, tested without a GPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -36,8 +37,15 @@ def photos(shared_dataset):
     return sorted((shared_dataset / "images").iterdir())[:3]
 
 
-def step(model, loss):
-    """An optimizer step, after which a parameter has changed; the sums of the loss."""
+@pytest.mark.parametrize("reinforced", [False, True], ids=["cross-entropy", "self-critical"])
+def test_training_step(model, reinforced):
+    """An optimizer step, with a batch as a loader returns it: on the CPU."""
+    if reinforced:
+        model.decoder.dropout.p = 0.0
+        reward = CiderD([CAPTIONS[:2].tolist(), CAPTIONS[2:].tolist()])
+        loss = SelfCritical(model, reward, samples=3, xe_weight=0.5)
+    else:
+        loss = TeacherForcing(model, label_smoothing=0.1)
     optimizer = torch.optim.AdamW([{"params": model.parameters(), "max_lr": 0.01}], fused=True)
     before = model.decoder.linear.weight.clone()
     sums = loss(BATCH)
@@ -45,18 +53,6 @@ def step(model, loss):
     update(optimizer, sums["targets"], factor=1.0, grad_clip=1.0)
     assert not torch.equal(model.decoder.linear.weight, before)
     assert {x.device.type for x in (*sums.values(), before)} == {"cuda"}
-
-
-def test_training_step(model):
-    """A step with the cross-entropy, as a loader returns the batch: on the CPU."""
-    step(model, TeacherForcing(model, label_smoothing=0.1))
-
-
-def test_self_critical_step(model):
-    """A step with the reward of sampled captions and the cross-entropy."""
-    model.decoder.dropout.p = 0.0
-    reward = CiderD([CAPTIONS[:2].tolist(), CAPTIONS[2:].tolist()])
-    step(model, SelfCritical(model, reward, samples=3, xe_weight=0.5))
 
 
 def test_validation(model):
@@ -96,13 +92,8 @@ def test_run(dataset, changes):
     """A run with validation and captions after each epoch, and its continuation."""
     with pretend_cuda():
         for resume in (False, True):
-            changes |= {
-                "device": "cuda",
-                "best_by": "cider",
-                "epochs": 1 + resume,
-                "resume": resume,
-            }
-            run = build_run(tiny_config(dataset, **changes))
+            config = tiny_config(dataset, device="cuda", best_by="cider", **changes)
+            run = build_run(replace(config, epochs=1 + resume, resume=resume))
             assert run.model.device.type == "cuda"
             assert len(fit(run)) == 1 + resume
 
@@ -141,10 +132,10 @@ def test_array_of_another_device():
 
 
 def test_training_notebook(tmp_path, monkeypatch):
-    """The cells of 2_Training, with models on the GPU, a smaller model and 60 scenes."""
+    """The cells of 2_Training, with models on the GPU, a smaller model and 12 scenes."""
     matplotlib.use("Agg")
     monkeypatch.chdir(Path(__file__).parents[1])
-    write_synthetic(tmp_path / "data", {"train": 60, "val": 8, "test": 8})
+    write_synthetic(tmp_path / "data", {"train": 12, "val": 4, "test": 4})
     options = {"device": "cuda", "epochs": 1, "hidden_size": 16, "cache_dir": f"{tmp_path}/cache"}
     parameters = {"DATA_DIR": tmp_path / "data", "RUN_DIR": f"{tmp_path}/run", "OPTIONS": options}
     namespace = {}

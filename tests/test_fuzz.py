@@ -72,16 +72,12 @@ def valid_images():
     return files
 
 
-def test_valid_images(tmp_path):
-    """Every one of these images can be read before it is damaged."""
-    for content in valid_images():
-        (tmp_path / "image").write_bytes(content)
-        assert load_image(tmp_path / "image").mode == "RGB"
-
-
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about what it repairs
 def test_damaged_images(tmp_path):
-    """A damaged image is read as upright RGB, or is an error of one line that names it."""
+    """A damaged image is read as upright RGB, or is an error of one line that names it.
+
+    Before, all of them can be read.
+    """
 
     def use(path):
         image = load_image(path, min_size=8)
@@ -89,6 +85,7 @@ def test_damaged_images(tmp_path):
         image.resize((8, 8))
 
     files = valid_images()
+    assert refusals(tmp_path / "image", files, use, BadImageError) == 0
     contents = (
         damage(files[number % len(files)], np.random.default_rng(number), files)
         for number in range(IMAGES)
@@ -99,20 +96,8 @@ def test_damaged_images(tmp_path):
 
 # ---------------------------------------------------------------------------- captions
 
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    10**30,
-    1.5,
-    float("nan"),
-    float("inf"),
-    "a" * 100_000,
-    "\ud800",
-    "\u202e",
-]
-ODD += ["", " ", "\0", "..", "../x.jpg", "/etc/passwd", "🐕", [], {}, [[]], {"id": 1}, [None] * 3]
+ODD = [None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "a" * 100_000, "\ud800"]
+ODD += ["\u202e", "", " ", "\0", "..", "../x.jpg", "/etc/passwd", "🐕", [], {}, [[]], [None]]
 
 
 def positions(content):
@@ -162,30 +147,17 @@ def test_damaged_captions(dataset):
     )
     refused = refusals(dataset / "damaged.json", contents, use, DataError)
     assert CAPTIONS / 4 < refused < CAPTIONS
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["[" * 10**6, '{"a":' * 10**5, "1" * 10**5, '{"images": [' + "9" * 5000 + "]}", "-" * 100],
-    ids=["lists", "objects", "digits", "a huge number", "dashes"],
-)
-def test_json_that_breaks_parsers(dataset, text):
-    """Deep nesting and huge numbers, which break parsers, are a short error too."""
-    (dataset / "captions.json").write_text(text)
-    with pytest.raises(DataError) as caught:
-        CocoCaptions(dataset / "images", dataset / "captions.json")
-    assert len(str(caught.value)) < 500
+    too_deep = [b"[" * 10**6, b'{"a":' * 10**5]  # which breaks parsers, as huge numbers do
+    huge = [b"1" * 10**5, b'{"images": [' + b"9" * 5000 + b"]}"]
+    assert refusals(dataset / "damaged.json", too_deep + huge, use, DataError) == 4
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
 
-def damaged(whole):
-    return (damage(whole, np.random.default_rng(number), [whole[::-1]]) for number in range(200))
-
-
 def test_damaged_checkpoints(tmp_path):
-    """A damaged checkpoint is an error that names it, or its content is unchanged.
+    """A damaged checkpoint is an error that names it, or its content is unchanged; so is another
+    file.
 
     Not every byte of the file has a meaning; checksums cover those that do.
     """
@@ -197,4 +169,8 @@ def test_damaged_checkpoints(tmp_path):
 
     path, weights = tmp_path / "x.pt", {"weight": torch.arange(400.0), "words": ["<pad>"]}
     torch.save(weights, path)
-    assert refusals(path, damaged(path.read_bytes()), use, ValueError) > 100
+    whole = path.read_bytes()
+    contents = (damage(whole, np.random.default_rng(n), [whole[::-1]]) for n in range(200))
+    assert refusals(path, contents, use, ValueError) > 100
+    foreign = [b"", b"hi", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
+    assert refusals(path, foreign, use, ValueError) == len(foreign)

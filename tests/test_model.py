@@ -4,7 +4,9 @@ The CNN is tested in test_backbones.py, decoding in tests/decoding.
 """
 
 import functools
+import os
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from naive import NaiveAttentionDecoder, NaiveDecoder
 from PIL import Image
 from torch import nn
 
-from captioning.base.checkpoints import export, load_safely, save
+from captioning.base.checkpoints import export, save
 from captioning.data.images import BadImageError
 from captioning.learning.losses import TeacherForcing
 from captioning.networks.cnn import CNN
@@ -31,7 +33,7 @@ LEARNED = ["a cat sits", "a dog runs a cat", "dog", "a cat runs runs", "a dog si
 
 @pytest.fixture(scope="module")
 def photos(shared_dataset):
-    return sorted((shared_dataset / "images").iterdir())[: len(LEARNED)]
+    return tuple(sorted((shared_dataset / "images").iterdir())[: len(LEARNED)])
 
 
 def train(model, batch, steps, learning_rate=0.02):
@@ -47,10 +49,14 @@ def train(model, batch, steps, learning_rate=0.02):
 
 
 @functools.cache
-def overfitted(photos, **changes):
-    """A model that has learned one caption per photo, in eval mode, and its loss per word."""
+def overfitted(photos, inject, precision):
+    """A model that has learned one caption per photo, in eval mode, and its loss per word.
+
+    The best caption of each photo is better than the next by more than 1 nat: rounding does not
+    change it.
+    """
     torch.manual_seed(0)
-    model = tiny_model(hidden_size=32, dropout=0.0, **changes)
+    model = tiny_model(hidden_size=32, dropout=0.0, inject=inject, precision=precision)
     captions = [torch.tensor(model.vocab.encode(caption)) for caption in LEARNED]
     captions = nn.utils.rnn.pad_sequence(captions, batch_first=True)
     with torch.no_grad():
@@ -65,13 +71,9 @@ def precision(request):
 
 
 @pytest.fixture(scope="module")
-def model(photos, precision):
-    """A model in each precision that this CPU supports, not to be modified.
-
-    The best caption of each photo is better than the next by more than 1 nat: rounding does not
-    change it.
-    """
-    return overfitted(tuple(photos), precision=precision)[0]
+def model(photos):
+    """A model, not to be modified."""
+    return overfitted(photos, "par", "float32")[0]
 
 
 # ---------------------------------------------------------------------------- decoder
@@ -107,17 +109,6 @@ def test_targets_and_shared_images(inject):
     torch.testing.assert_close(found, logits[targets])
 
 
-@pytest.mark.parametrize("inject", INJECT)
-def test_image_reaches_every_word(inject):
-    """The logits of the first and of the last word depend on the image."""
-    torch.manual_seed(4)
-    features = torch.randn(3, 5, requires_grad=True)
-    logits = DecoderRNN(5, 6, vocab_size=9, dropout=0.0, inject=inject)(features, CAPTIONS)
-    for position in (0, 4):
-        (gradient,) = torch.autograd.grad(logits[:, position].sum(), features, retain_graph=True)
-        assert gradient.abs().min() > 0
-
-
 def test_unknown_inject():
     """An unknown `inject` is an error that names the choices."""
     with pytest.raises(ValueError, match="'post'.*par.*pre.*init"):
@@ -130,7 +121,7 @@ def test_overfit_one_batch(photos, inject, precision):
 
     Of 10 seeds, in both precisions, the largest loss was 0.007 nats per word.
     """
-    model, loss = overfitted(tuple(photos), inject=inject, precision=precision)
+    model, loss = overfitted(photos, inject, precision)
     assert loss < 0.05
     for beam_size in (1, 3):
         assert model.caption(photos, beam_size=beam_size) == LEARNED
@@ -236,32 +227,6 @@ def test_export(checkpoint, photos, tmp_path):
     assert halved == {name for name, t in training["model"].items() if t.dim() > 1}
 
 
-@pytest.mark.parametrize("stop", [1, 100, 10**6, -1])
-def test_truncated_checkpoint(checkpoint, tmp_path, stop):
-    """A checkpoint whose end is missing is an error that names the file."""
-    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:stop])
-    with pytest.raises(ValueError, match="cut.pt"):
-        load_safely(tmp_path / "cut.pt")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"hi", b"\x80\x02.", b"\x80\x02}q", b"\x80\x02G1", b"PK\x03\x04", bytes(1000)]
-)
-def test_foreign_file(tmp_path, content):
-    """A file that PyTorch did not write is an error that names it."""
-    (tmp_path / "foreign.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="foreign.pt"):
-        load_safely(tmp_path / "foreign.pt")
-
-
-def test_checkpoint_with_code(tmp_path):
-    """Code in a checkpoint is not run."""
-    torch.save({"config": MakeFolder(tmp_path / "made")}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt contains more than tensors"):
-        CaptionModel.from_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "made").exists()
-
-
 @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 @pytest.mark.parametrize(
     "content, message",
@@ -271,17 +236,21 @@ def test_checkpoint_with_code(tmp_path):
         ({}, "is not a checkpoint of a captioning model"),
         ({"config": 1, "model": 2}, "of another version"),
         ({"config": {"mirror": True, "words": WORDS}, "model": {}}, "of another version"),
+        ({"config": MakeFolder("made")}, "contains more than tensors"),
     ],
-    ids=str,
+    ids=["tensor", "list", "empty", "no format", "older", "code"],
 )
-def test_neither_loaded_nor_exported(tmp_path, content, message):
-    """Loading and exporting refuse a file that is no checkpoint, or one in an older format."""
-    torch.save(content, tmp_path / "other.pt")
+def test_neither_loaded_nor_exported(tmp_path, monkeypatch, content, message):
+    """Loading and exporting refuse a file that is no checkpoint, or one in an older format, or with
+    code, which is not run.
+    """
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "other.pt")
     with pytest.raises(ValueError, match=f"other.pt .*{message}"):
-        CaptionModel.from_checkpoint(tmp_path / "other.pt")
+        CaptionModel.from_checkpoint("other.pt")
     with pytest.raises(ValueError, match=f"other.pt .*{message}"):
-        export(tmp_path / "other.pt", tmp_path / "small.pt")
-    assert not (tmp_path / "small.pt").exists()
+        export("other.pt", "small.pt")
+    assert os.listdir() == ["other.pt"]
 
 
 @pytest.mark.parametrize(
@@ -303,16 +272,10 @@ def test_changed_checkpoint(checkpoint, tmp_path, change, error):
         CaptionModel.from_checkpoint(tmp_path / "other.pt")
 
 
-def test_no_checkpoint(tmp_path):
-    """A missing checkpoint is an error that names the file."""
-    with pytest.raises(FileNotFoundError, match="best.pt"):
-        CaptionModel.from_checkpoint(tmp_path / "best.pt")
-
-
 # ---------------------------------------------------------------------------- captions of images
 
 
-@pytest.mark.parametrize("kind", [lambda path: path, str, Image.open], ids=["path", "str", "image"])
+@pytest.mark.parametrize("kind", [Path, str, Image.open])
 def test_kinds_of_images(model, photos, kind):
     """Images are paths, strings or PIL images, one, a list or a generator; the captions agree."""
     assert model.caption([kind(photo) for photo in photos]) == LEARNED
@@ -326,8 +289,9 @@ def test_caption_batch_size(model, photos):
     assert model.caption([]) == []
 
 
-def test_caption_by_hand(model, photos):
+def test_caption_by_hand(photos, precision):
     """`caption` equals transform, encoder, decoder and vocabulary, applied one after the other."""
+    model, _ = overfitted(photos, "par", precision)
     images = torch.stack([model.transform(photo) for photo in photos])
     with torch.no_grad(), model.autocast():
         decoded = model.decoder.sample(model.encoder(images), beam_size=3, n_best=2)
@@ -371,28 +335,19 @@ def test_sampled_captions(model, photos):
     assert captions[0] == captions[1] != captions[2]
 
 
-def test_converted_model(model, photos):
+def test_converted_model(photos, precision):
     """A model converted to another data type generates the same captions."""
-    for dtype in (torch.float64, getattr(torch, model.config.precision)):
+    model, _ = overfitted(photos, "par", precision)
+    for dtype in (torch.float64, getattr(torch, precision)):
         assert deepcopy(model).to(dtype).caption(photos) == LEARNED
 
 
-def test_no_image(photos, tmp_path):
-    """Without the image, all images get the same caption, also from a checkpoint."""
-    model, _ = overfitted(tuple(photos))
-    no_image = deepcopy(model)
-    no_image.config.no_image = True
-    save(no_image.checkpoint(), tmp_path / "best.pt")
-    loaded = CaptionModel.from_checkpoint(tmp_path / "best.pt")
-    assert len(set(loaded.caption(photos))) == 1 < len(set(model.caption(photos)))
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_caption_keeps_the_mode(photos, tmp_path, training):
+def test_caption_keeps_the_mode(photos, training):
     """Captioning runs in eval mode, and restores the mode also after an unreadable image."""
     model = tiny_model(dropout=0.9).train(training)
     assert model.caption(photos) == model.caption(photos)
     assert model.training == model.decoder.training == training
     with pytest.raises(BadImageError, match="nothing.jpg: there is no such file"):
-        model.caption(tmp_path / "nothing.jpg")
+        model.caption("nothing.jpg")
     assert model.training == model.decoder.training == training

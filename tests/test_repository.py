@@ -3,13 +3,12 @@
 import ast
 import importlib
 import json
-import os
 import random
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -59,19 +58,22 @@ def imports(path):
 # ---------------------------------------------------------------------------- imports
 
 
-def test_import_beside_modules_of_the_same_names(tmp_path):
+def test_import_beside_modules_of_the_same_names(tmp_path, monkeypatch):
     """`import model` works in a folder with modules called as those of this project once were.
 
     It claims three names of the top level, and loads neither the training code nor the figures.
     """
     for name in ("config", "utils", "run", "metrics", "files", "images", "train"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('this is another project')")
-    code = "import json, sys, model; print(json.dumps(list(sys.modules)))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = set(json.loads(done.stdout))
+    installed = [path for path in sys.path if "site-packages" in path or "lib/python" in path]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *installed, str(ROOT)])
+    kept = {"torch", "torchvision", "numpy", "PIL"} | sys.stdlib_module_names
+    with mock.patch.dict(sys.modules):
+        before = {name for name in sys.modules if name.split(".")[0] in kept}
+        for name in sys.modules.keys() - before:
+            del sys.modules[name]
+        importlib.import_module("model")
+        loaded = sys.modules.keys() - before
     own = {path.stem for path in TOP_LEVEL} | {path.parent.name for path in ROOT.glob("*/*.py")}
     assert loaded & own == {"model", "vocabulary", "captioning"}
     assert not loaded & {"matplotlib", "timm", "captioning.learning", "captioning.figures"}

@@ -1,8 +1,6 @@
 """The training command: its files and its report, and what decides the result."""
 
 import json
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,79 +9,47 @@ from training_runs import contents
 
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
-from captioning.scoring.evaluation import caption_split
-from data_loader import ImageDataset
 from model import CaptionModel
-from train import build_run, main, report
+from train import build_run, main
 
-FILES = {"best.pt", "history.jsonl", "last.pt", "vocabulary.json"}
-
-
-@pytest.fixture(scope="module")
-def finished(shared_dataset):
-    """A run, not to be modified."""
-    run = build_run(tiny_config(shared_dataset, learning_rate=0.02))
-    fit(run)
-    return run
-
-
-def val_loss(config):
-    return fit(build_run(config))[0]["val_loss"]
+FILES = {"best.pt", "history.jsonl", "last.pt", "vocabulary.json", "metrics.json"}
 
 
 def test_main(dataset, capsys):
-    """The command trains, prints the metrics, leaves six files and a lock, and exits with 0."""
-    assert main(command_line(tiny_config(dataset, epochs=1))) == 0
-    assert set(contents(dataset / "out")) == {*FILES, "metrics.json"}
-    printed = capsys.readouterr()
-    assert "12 training and 12 validation images" in printed.out and "float32" in printed.out
-    assert "CIDEr-D" in printed.out and printed.err == ""
-
-
-def test_report(finished):
-    """The report evaluates best.pt on the validation images and is written to metrics.json.
-
-    Before it, a run has left its checkpoints, history and vocabulary, and no partial file.
-    """
-    out = Path(finished.config.out)
+    """The command trains, evaluates best.pt, prints its metrics, and leaves these files."""
+    assert main(command_line(tiny_config(dataset, learning_rate=0.02))) == 0
+    out = dataset / "out"
     assert set(contents(out)) == FILES
-    words = json.loads((out / "vocabulary.json").read_text())["words"]
-    assert words == finished.model.vocab.words
-    metrics = report(finished)
-    assert json.loads((out / "metrics.json").read_text()) == metrics
-    best = min(finished.progress.history, key=lambda line: line["val_loss"])
-    assert metrics["perplexity"] == pytest.approx(best["val_perplexity"])
+    printed = capsys.readouterr()
+    assert "12 training and 12 validation images" in printed.out and printed.err == ""
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert json.dumps(metrics, indent=2) in printed.out
+    history = map(json.loads, (out / "history.jsonl").open())
+    best = min(line["val_perplexity"] for line in history)
+    assert metrics["perplexity"] == pytest.approx(best)
     assert metrics["images"] == 12 and metrics["unk_rate"] == 0
     assert metrics["precision"] == "float32"
     assert all(metrics[name] >= 0 for name in ("BLEU-4", "ROUGE-L", "CIDEr-D", "distinct"))
+    words = json.loads((out / "vocabulary.json").read_text())["words"]
+    assert words == CaptionModel.from_checkpoint(out / "best.pt").vocab.words
 
 
-def test_the_seed_decides(finished, tmp_path):
-    """Equal seeds give equal runs, whatever random numbers were used before; others differ."""
-    losses = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(ord(name))
-        losses.append(
-            val_loss(replace(finished.config, out=str(tmp_path / name), seed=seed, epochs=1))
-        )
-    assert losses[0] == losses[1] != losses[2]
+def test_the_seed_decides(shared_dataset, tmp_path):
+    """Equal seeds give equal runs, whatever random numbers were used before; others differ.
 
-
-def test_cached_features_change_nothing(finished, tmp_path):
-    """A run is the same whether its features are computed or loaded from the cache."""
-    config = replace(finished.config, cache_dir=str(tmp_path / "cache"), epochs=1)
-    computed, loaded = (val_loss(replace(config, out=str(tmp_path / name))) for name in "ab")
-    assert computed == loaded
-
-
-def test_deterministic(finished, tmp_path):
-    """`deterministic` selects PyTorch's deterministic algorithms; on a CPU nothing changes."""
+    Of the equal runs, one computes its features, and the other loads them from the cache, and has
+    PyTorch's deterministic algorithms, which change nothing on a CPU.
+    """
+    losses, options = [], {"epochs": 1, "cache_dir": str(tmp_path / "cache")}
     try:
-        loss = val_loss(replace(finished.config, out=str(tmp_path), deterministic=True))
-        assert torch.are_deterministic_algorithms_enabled()
+        for number, changes in enumerate(({}, {"deterministic": True}, {"seed": 1})):
+            torch.manual_seed(number)
+            config = tiny_config(shared_dataset, out=f"{tmp_path}/{number}", **options, **changes)
+            losses.append(fit(build_run(config))[0]["val_loss"])
+            assert torch.are_deterministic_algorithms_enabled() == (number > 0)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert loss == finished.progress.history[0]["val_loss"]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_no_image_baseline(dataset):
@@ -96,9 +62,7 @@ def test_no_image_baseline(dataset):
     assert torch.equal(loss(batch)["loss"], loss(other)["loss"])
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight)  # after one epoch, all captions would be equal anyway
-    features = torch.randn(12, *batch.features.shape[1:])
-    images = ImageDataset(run.val_images.data, features=features)
-    captions = caption_split(model, images)
-    assert len(captions) == 12 and len(set(captions)) == 1
-    model.encoder.no_image = False  # the check itself: these features make a difference
-    assert len(set(caption_split(model, images))) > 3
+    paths = run.val_images.data.paths
+    assert len(set(model.caption(paths))) == 1
+    model.encoder.no_image = False  # the check itself: the images make a difference
+    assert len(set(model.caption(paths))) > 3

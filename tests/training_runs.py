@@ -3,35 +3,23 @@
 import json
 from pathlib import Path
 
+import conftest
 import torch
-from conftest import calibrated_weights
+from conftest import WORDS
 
 from captioning.base.checkpoints import load_safely
 from captioning.learning import loop
 from captioning.learning.optimizer import schedule
-from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
 TIMING = {"seconds", "captions_per_second", "date"}
-WORDS = Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "a", "cat", "dog", "runs", "sits"])
 
 
 def tiny_model(captions=None, **options):
     """A model without dropout, with the words of `captions` or WORDS."""
+    words = WORDS if captions is None else Vocabulary.build(captions, threshold=1).words
     torch.manual_seed(2)
-    config = ModelConfig(
-        **{
-            "backbone": "mobilenet_v3_small",
-            "image_size": 64,
-            "embed_size": 16,
-            "hidden_size": 16,
-            "dropout": 0.0,
-            "precision": "float32",
-            **options,
-        }
-    )
-    vocab = WORDS if captions is None else Vocabulary.build(captions, threshold=1)
-    return CaptionModel(vocab, config, calibrated_weights())
+    return conftest.tiny_model(words, **{"dropout": 0.0, **options})
 
 
 # ---------------------------------------------------------------------------- interruptions
