@@ -62,15 +62,6 @@ def test_values_of_another_type(arguments, capsys):
     assert caught.value.code == 2 and flag in message and f"'{value}'" in message
 
 
-def test_required_option(capsys):
-    """A field without a default has to be given."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, Options)
-    with pytest.raises(SystemExit):
-        parser.parse_args([])
-    assert "required: --source" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -86,15 +86,3 @@ def test_image_norm_of_the_injections(inject, expected):
     """The image embedding is normalized by default where the decoder reads it once."""
     assert parse_args([*FLAGS, "--inject", inject]).image_norm is expected
     assert config_for("folder", SPLITS, "out", inject=inject).image_norm is expected
-
-
-def test_defaults_of_self_critical_training(checkpoint):
-    """`--loss self-critical` has other defaults, in config_for too; options override both."""
-    options = {"loss": "self-critical", "init_from": "best.pt"}
-    flags = [*FLAGS, *(word for name, text in options.items() for word in flag(name, text))]
-    config = config_for("synthetic", SPLITS, "out", **options)
-    for found in (parse_args(flags), config):
-        assert (SELF_CRITICAL | {"hidden_size": 7}).items() <= asdict(found).items()
-    assert config.batch_size == SCENES["batch_size"]
-    assert parse_args([*flags, "--learning-rate", "0.1"]).learning_rate == 0.1
-    assert config_for("synthetic", SPLITS, "out", **options, weight_decay=0.5).weight_decay == 0.5
