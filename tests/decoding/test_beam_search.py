@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import Bigrams, assert_equal, language_models, random_decoder
-from naive import END, Hypothesis, greedy, without_special_tokens
+from naive import END, Hypothesis, greedy
 from naive import beam_search as naive_beam_search
 
 from captioning.decoding.beam_search import beam_search
@@ -74,20 +74,6 @@ def test_fewer_captions_than_n_best(vocab_size, captions):
     searches = [naive_beam_search(m, 50, 3, 0.7, 6) for m in language_models(decoder, features)]
     assert {len(hypotheses) for hypotheses, _ in searches} == {captions}
     assert_equal(decoded, searches)
-
-
-def test_any_decoder():
-    """The search needs no more of a decoder than `init_state` and `step`."""
-    torch.manual_seed(9)
-    table, memory = 2 * torch.randn(8, 8), torch.randn(6, 8)
-
-    def model(image):
-        return lambda tokens: without_special_tokens(
-            (table[tokens[-1] if tokens else 1] + image).numpy()
-        )
-
-    decoded = beam_search(Bigrams(table), memory, beam_size=4, max_len=6, n_best=3)
-    assert_equal(decoded, [naive_beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
 
 
 def test_memory_is_kept():

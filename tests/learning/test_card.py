@@ -86,14 +86,6 @@ def test_card_of_a_run_that_continues_another(trained, shared_dataset, tmp_path)
     assert card["data"]["name"] == NAME
 
 
-def test_resumed_run_has_its_card(trained, shared_dataset):
-    """A run that is resumed keeps its card."""
-    run = build_run(tiny_config(shared_dataset, epochs=1, best_by="cider", resume=True))
-    saved = load_safely(trained / "last.pt")["card"]
-    for name in ("summary", "data", "encoder", "limitations"):
-        assert run.model.card[name] == saved[name], name
-
-
 @pytest.mark.parametrize("card", [None, "text", [], {}, {"summary": None}, torch.ones(2)], ids=str)
 def test_damaged_card(trained, tmp_path, card):
     """A card that is not a dict with a summary is an error that names the file."""

@@ -1,6 +1,5 @@
 """Interruption, resumption, and what protects the files of a run."""
 
-import json
 import math
 import multiprocessing
 import shutil
@@ -274,20 +273,6 @@ def test_a_failed_run_releases_its_folder(shared_dataset, tmp_path, monkeypatch,
             fit(build_run(config))
     assert (contents(tmp_path) == {}) == (stage == "build_run")
     fit(build_run(config))
-
-
-# ---------------------------------------------------------------------------- what is recorded
-
-
-def test_threshold_is_recorded(shared_dataset, tmp_path):
-    """vocabulary.json and the checkpoints have the threshold and the words of the vocabulary."""
-    config = tiny_config(shared_dataset, out=str(tmp_path), min_word_freq=3, epochs=1)
-    vocab = build_run(config).model.vocab
-    fit(build_run(config))
-    assert json.loads((tmp_path / "vocabulary.json").read_text())["threshold"] == 3
-    for name in ("best.pt", "last.pt"):
-        loaded = CaptionModel.from_checkpoint(tmp_path / name).vocab
-        assert (loaded.threshold, loaded.words) == (3, vocab.words)
 
 
 def test_bugs_are_not_renamed(finished, tmp_path, monkeypatch):

@@ -61,24 +61,6 @@ def test_targets_and_shared_images(decoder, features):
     torch.testing.assert_close(found, expected)
 
 
-def test_order_of_positions(decoder, features):
-    """Permuting the positions of an image permutes the attention and changes no logit."""
-    order = torch.randperm(P, generator=torch.Generator().manual_seed(2))
-    results = []
-    for memory in (decoder.memory(features), decoder.memory(features[:, order])):
-        results.append(decoder.step(torch.full((M,), 1), decoder.init_state(memory), memory))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    torch.testing.assert_close(results[1][2], results[0][2][:, order])
-
-
-def test_attention_differs_between_words(decoder, features):
-    """The attention weights are a distribution over the positions that depends on the words."""
-    decoded = generate(decoder, features, beam_size=2, max_len=5)
-    attention = decoded.attention[:, 0, :2]  # (M, 2, P)
-    torch.testing.assert_close(attention.sum(2), torch.ones(M, 2))
-    assert (attention[:, 0] - attention[:, 1]).abs().sum(1).min() > 1e-3
-
-
 def test_trained_attention_finds_the_object():
     """Trained to name two objects, the attention is on the position of the one that is named.
 
