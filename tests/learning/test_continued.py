@@ -2,22 +2,16 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 from conftest import CAPTIONS, command_line, flag, tiny_config
 from training_runs import contents, history_of
-from two_processes import train, train_in_two_processes
 
 from captioning.base.checkpoints import load_safely, save
-from captioning.base.modules import select
 from captioning.base.options import names_with
-from captioning.decoding.beam_search import beam_search
 from captioning.learning.loop import fit
 from captioning.learning.options import CONTINUE, SCENES, SELF_CRITICAL, config_for, parse_args
 from captioning.networks.config import INJECT
@@ -146,33 +140,6 @@ def test_history_begins_with_epoch_0(continued, loss, capsys):
     metrics = json.loads((Path(config.out) / "metrics.json").read_text())
     assert metrics["CIDEr-D"] == pytest.approx(history[0]["val_cider"])
     assert "epoch   0  val loss" in capsys.readouterr().out
-
-
-def best_captions(decoder, memory, max_len):
-    """In place of samples, the five best captions of a beam search, which are not random."""
-    images = select(memory, torch.arange(0, len(memory[0]), 5))
-    tokens = beam_search(decoder, images, 5, max_len, 0.6, n_best=5).tokens
-    return SimpleNamespace(tokens=tokens.flatten(0, 1).unsqueeze(1))
-
-
-@both
-@pytest.mark.skipif(sys.platform != "linux", reason="the processes are started by a fork server")
-def test_two_processes(continued, loss):
-    """Two processes have the gradient, the rewards and the validation results of a single one."""
-    one, two = (continued(loss, out, grad_accum_steps=2, xe_weight=0.1) for out in "ab")
-    patches = {"captioning.learning.losses.sample": best_captions}
-    with mock.patch(*patches, best_captions):
-        train(one)
-    train_in_two_processes(two, patches)
-    gradients = (load_safely(f"{config.out}-gradient.pt") for config in (one, two))
-    for expected, found in zip(*gradients, strict=True):
-        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7
-    assert any(expected.abs().max() > 1e-3 for expected in load_safely(f"{one.out}-gradient.pt"))
-    words = [load_safely(f"{config.out}/last.pt")["words"] for config in (one, two)]
-    assert words[0] == words[1]
-    for expected, found in zip(history_of(one.out), history_of(two.out), strict=True):
-        for name in {"train_reward", "train_loss", "val_loss", "val_cider"} & expected.keys():
-            assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-3), name
 
 
 def test_learning_rate_is_constant(continued):
