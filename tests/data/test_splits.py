@@ -32,9 +32,6 @@ def read(files):
     return {name: json.loads(path.read_text()) for name, (_, path) in files.items()}
 
 
-# ---------------------------------------------------------------------------- datasets
-
-
 def test_coco(tmp_path):
     """COCO's training images are "train"; one half of its validation images is "val"."""
     found = ids(prepare_splits("coco2017", write_coco(tmp_path)))
@@ -119,9 +116,6 @@ def test_karpathy_for_another_dataset(tmp_path, name, first):
     """Karpathy's split of another dataset, or of a part of COCO, is an error."""
     with pytest.raises(ValueError, match="complete coco2014"):
         prepare_splits(name, tmp_path, karpathy="dataset_coco.json", first=first)
-
-
-# ---------------------------------------------------------------------------- random splits
 
 
 def test_random_splits(shared_dataset, tmp_path):

@@ -64,9 +64,6 @@ def words_of(minimum):
     return {word for word in words if words.count(word) >= minimum}
 
 
-# ---------------------------------------------------------------------------- new words
-
-
 @pytest.mark.parametrize("inject", [*INJECT, "attend"])
 def test_old_words_are_unchanged(shared_dataset, tmp_path, inject):
     """All weights are those of the checkpoint, bit for bit; new words have rows behind the old.
@@ -112,9 +109,6 @@ def test_new_words_are_learned(continued, capsys):
     assert "initialized from" in model.card
 
 
-# ---------------------------------------------------------------------------- runs
-
-
 @both
 def test_history_begins_with_epoch_0(continued, loss, capsys):
     """Epoch 0 is the model that the run starts from; it is best.pt unless an epoch is better.
@@ -140,19 +134,6 @@ def test_history_begins_with_epoch_0(continued, loss, capsys):
     metrics = json.loads((Path(config.out) / "metrics.json").read_text())
     assert metrics["CIDEr-D"] == pytest.approx(history[0]["val_cider"])
     assert "epoch   0  val loss" in capsys.readouterr().out
-
-
-def test_learning_rate_is_constant(continued):
-    """Self-critical training has the learning rate of the config, in AdamW without weight decay."""
-    run, rates = build_run(continued("self-critical", epochs=1)), []
-    run.optimizer.register_step_post_hook(
-        lambda *_: rates.extend((g["lr"], g["weight_decay"]) for g in run.optimizer.param_groups)
-    )
-    fit(run)
-    assert set(rates) == {(2e-3, 0.0)} and len(rates) > 4
-
-
-# ---------------------------------------------------------------------------- options
 
 
 def test_defaults(continued, required):

@@ -54,9 +54,6 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, weights)
 
 
-# ---------------------------------------------------------------------------- cross-entropy
-
-
 @pytest.mark.parametrize("chunk_size", [1, 2, 64])
 def test_loss_counts_words_and_end(model, monkeypatch, chunk_size):
     """The loss is the sum of -log p over all words and `<end>`, without `<start>` and `<pad>`,
@@ -104,9 +101,6 @@ def test_gradient_of_cross_entropy(model, smoothing, training):
     for one, other in zip(*(gradients(x, model) for x in (found, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     model.eval()
-
-
-# ---------------------------------------------------------------------------- the policy gradient
 
 
 @pytest.fixture

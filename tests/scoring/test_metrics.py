@@ -74,9 +74,6 @@ def naive_cider(words, row, truth):
     return 10 * total / 4 / len(truth[row])
 
 
-# ---------------------------------------------------------------------------- perplexity
-
-
 def test_perplexity():
     """Words of probability 1/2, 1/4 and 1/8 have perplexity 4: the geometric mean, inverted; it is
     finite however large the loss, and without a target token it is an error."""
@@ -91,9 +88,6 @@ def test_unk_rate():
     """The fraction of words that are not in the vocabulary; 0 without words."""
     assert unk_rate(["a dog runs", "a giraffe!"], {"a", "dog"}) == pytest.approx(2 / 5)
     assert unk_rate([], {"a"}) == 0
-
-
-# ---------------------------------------------------------------------------- scores
 
 
 def test_scores(capsys):
@@ -132,9 +126,6 @@ def test_lists_that_do_not_match(candidates, references):
     """Without one caption and at least one reference per image there is an error."""
     with pytest.raises(ValueError):
         caption_scores(candidates, references)
-
-
-# ---------------------------------------------------------------------------- diagnostics
 
 
 def test_diagnostics_by_hand():
