@@ -178,7 +178,6 @@ def test_required_options_alone(required, capsys):
         ("--loss self-critical --dropout 0.1", "--dropout 0"),
         ("--loss self-critical --best-by loss", "--best-by cider"),
         ("--loss self-critical --samples 1", "samples is 1"),
-        ("--loss self-critical --xe-weight -1", "xe_weight is -1.0"),
     ],
 )
 def test_wrong_options(continued, required, capsys, option, text):

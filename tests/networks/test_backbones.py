@@ -38,9 +38,6 @@ def images():
     return torch.nn.functional.interpolate(torch.rand(2, 3, 6, 6), size=96)
 
 
-# ---------------------------------------------------------------------------- features
-
-
 @pytest.mark.parametrize("backbone", ["resnet18", "inception_v3", "mobilenet_v2", "densenet121"])
 @torch.no_grad()
 def test_backbones(backbone, images):
@@ -116,9 +113,6 @@ def test_train_mode(fine_tune):
         encoder.eval().train()
 
 
-# ---------------------------------------------------------------------------- weights
-
-
 @pytest.mark.parametrize("kept", ["everything", "no classifier", "half precision"])
 @torch.no_grad()
 def test_weights_from_a_file(tmp_path, images, kept):
@@ -179,9 +173,6 @@ def test_download_fails(tmp_path, monkeypatch):
         EncoderCNN(16, SMALL, weights="DEFAULT")
 
 
-# ---------------------------------------------------------------------------- timm
-
-
 @pytest.mark.parametrize(
     "name, positions",
     [("resnet10t", 9), ("vit_tiny_patch16_224", 36), ("swin_tiny_patch4_window7_224", 9)],
@@ -203,9 +194,6 @@ def test_timm_input_settings():
     image = eval_transform(**settings)(Image.new("RGB", (300, 280), (255, 255, 0)))
     assert image.shape == (3, 260, 260) and image[:, 0, 0].tolist() == [1, 1, -1]
     assert input_settings("timm/tf_efficientnet_lite2", 128)["image_size"] == 128
-
-
-# ---------------------------------------------------------------------------- fused BatchNorms
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -251,9 +239,6 @@ def test_batch_norm_that_cannot_be_fused(branch):
         fuse_batch_norm(network)
     torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
     assert isinstance(network.norm, nn.BatchNorm2d)
-
-
-# ---------------------------------------------------------------------------- the last stage
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -307,9 +292,6 @@ def test_module_as_backbone(images, pooled):
     encoder = EncoderCNN(16, network, None, image_size=96, pooled=pooled).eval()
     features = network(images).flatten(2 - pooled).reshape(2, 5, -1).transpose(1, 2)
     torch.testing.assert_close(encoder.cnn(images), features)
-
-
-# ---------------------------------------------------------------------------- converted weights
 
 
 def test_convert_efficientnet_lite_starts():
