@@ -75,12 +75,6 @@ def test_config_for(dataset):
     assert {**preset, **paths, "out": "out", "epochs": 77}.items() <= asdict(config).items()
 
 
-def test_model_config():
-    """The architecture of a run consists of the fields it shares with ModelConfig."""
-    config = TrainConfig(**REQUIRED, hidden_size=7, inject="init")
-    assert config.model_config() == ModelConfig(hidden_size=7, inject="init")
-
-
 @pytest.mark.parametrize("inject, expected", [("init", True), ("pre", True), ("par", False)])
 def test_image_norm_of_the_injections(inject, expected):
     """The image embedding is normalized by default where the decoder reads it once."""

@@ -109,10 +109,8 @@ def test_other_captions(table, tmp_path):
     _, _, folder = table("par", 0)
     before = trained_weights(folder, "par")
     data = json.loads((tmp_path / "data.json").read_text())
-    captions = json.loads(Path(data["train_captions"]).read_text())
-    for annotation in captions["annotations"]:
-        annotation["caption"] = "no " + annotation["caption"]
-    (tmp_path / "other.json").write_text(json.dumps(captions))
+    text = Path(data["train_captions"]).read_text().replace('"caption": "', '"caption": "no ')
+    (tmp_path / "other.json").write_text(text)
     data["train_captions"] = str(tmp_path / "other.json")
     (tmp_path / "data.json").write_text(json.dumps(data))
     table("par", 0)
