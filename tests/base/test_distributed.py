@@ -111,10 +111,8 @@ def test_same_files(runs):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes are started by a fork server")
 def test_same_batch_norm(shared_dataset):
-    """Two processes validate one model: with the running statistics that the checkpoint contains.
-
-    The perplexity of the best epoch is the one that the command finds again with best.pt.
-    """
+    """Two processes validate with the running statistics that the checkpoint contains: the
+    perplexity of the best epoch is found again with best.pt."""
     config = tiny_config(
         shared_dataset,
         inject="init",
@@ -157,9 +155,7 @@ def started(store):
 
 
 def test_restart():
-    """After each start both ranks have the same keys, and none of an earlier start, also if the
-    second rank was killed during that one.
-    """
+    """After each start both ranks have the same keys, and none of a start that was killed."""
     store = torch.distributed.HashStore()
     store.set("request/1", "of a killed rank")
     for _ in range(3):

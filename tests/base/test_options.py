@@ -45,10 +45,8 @@ def parse(*arguments):
     ],
 )
 def test_flags(arguments, expected):
-    """A flag sets its option, with the type of the field; "none" is None where None is allowed.
-
-    Without flags, the options have the defaults of the dataclass.
-    """
+    """A flag sets its option, with the type of the field; "none" is None where None is allowed, and
+    without flags, the options have the defaults of the dataclass."""
     assert parse(*arguments.split()) == Options(source="a", **expected)
 
 

@@ -22,10 +22,8 @@ from train import build_run, main
 
 @pytest.fixture(scope="module")
 def run_once(shared_dataset):
-    """A complete run of three epochs with some options, the same one for the same options.
-
-    init_from: the options of the run from which it starts.
-    """
+    """A complete run of three epochs with some options, the same one for the same options;
+    init_from: the options of the run from which it starts."""
     configs = {}
 
     def run(**options):
@@ -243,8 +241,7 @@ def test_overwrite(finished, tmp_path):
 
 def test_one_run_at_a_time(shared_dataset, tmp_path, capsys):
     """From build_run to the end of fit, no other process can use the folder; this one can build the
-    run again, as a repeated cell of a notebook does.
-    """
+    run again, as a repeated cell of a notebook does."""
     config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1, overwrite=True)
     code = "from captioning.learning.checkpoint import lock_run_dir; lock_run_dir(out).close()"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other_process:

@@ -111,10 +111,8 @@ def test_new_words_are_learned(continued, capsys):
 
 @both
 def test_history_begins_with_epoch_0(continued, loss, capsys):
-    """Epoch 0 is the model that the run starts from; it is best.pt unless an epoch is better.
-
-    Self-critical training adds no words, which its samples would not contain.
-    """
+    """Epoch 0 is the model that the run starts from, and best.pt unless an epoch is better;
+    self-critical training adds no words, which its samples would not contain."""
     config = continued(loss, learning_rate=1e-30)  # changes nothing
     assert main(command_line(config)) == 0
     history, before = history_of(config.out), load_safely(config.init_from)
@@ -138,8 +136,7 @@ def test_history_begins_with_epoch_0(continued, loss, capsys):
 
 def test_defaults(continued, required):
     """The architecture and the defaults are those of the checkpoint and of the loss, on the command
-    line and off; options override them, but a preset of a dataset does not.
-    """
+    line and off; options override them, but a preset of a dataset does not."""
     found = parse_args([*required, "--dropout", "0.1", "--image-size", "96"])
     saved = load_safely(found.init_from)["config"]
     for name in names_with(ModelConfig, "fits"):

@@ -52,10 +52,8 @@ def fit_with(request, dataset, monkeypatch):
 
 
 def test_early_stopping(dataset, fit_with):
-    """After `patience` epochs without improvement, in loss or CIDEr-D, the run stops.
-
-    best.pt is the best epoch, and of equal ones the first.
-    """
+    """After `patience` epochs without improvement, in loss or CIDEr-D, the run stops; best.pt is
+    the best epoch, and of equal ones the first."""
     assert fit_with([3.0, 2.0, 2.0, 2.4, 1.0], epochs=9, patience=2) == [3.0, 2.0, 2.0, 2.4]
     assert len(load_safely(dataset / "out" / "best.pt")["history"]) == 2
     results = [3.0, 2.0, 2.5, 1.9, 2.5, 1.8]  # after each improvement, it starts to count again

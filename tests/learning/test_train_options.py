@@ -18,10 +18,8 @@ SPLITS = {"train": ("a", "b"), "val": ("c", "d"), "test": ("e", "f")}
 
 
 def test_required_options(capsys):
-    """The required flags alone give the config with its defaults; each of them is required.
-
-    In Python a config needs only `out`, for loaders of one's own; build_run names what is missing.
-    """
+    """The required flags alone give the config with its defaults; each of them is required, while
+    in Python a config needs only `out`, and build_run names what is missing."""
     assert parse_args(FLAGS) == TrainConfig(**REQUIRED)
     for start in range(0, len(FLAGS), 2):
         with pytest.raises(SystemExit):

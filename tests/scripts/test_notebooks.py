@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def executed(tmp_path_factory):
     """What a run of all notebooks prints, and the code cells of each."""
     folder = tmp_path_factory.mktemp("notebooks")
-    write_synthetic(folder / "data", {"train": 60, "val": 20, "test": 20})
+    write_synthetic(folder / "data", {"train": 40, "val": 10, "test": 10})
     parameters = {
         "DATA_DIR": str(folder / "data"),
         "RUN_DIR": str(folder / "run"),

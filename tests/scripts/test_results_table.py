@@ -54,8 +54,7 @@ def trained_weights(folder, row):
 
 def test_rows_and_seeds(table):
     """One run per row and seed is trained, and the table has a line for each row; started again,
-    the command trains nothing, and prints the same table.
-    """
+    the command trains nothing, and prints the same table."""
     lines, _, folder = table("par longer ensemble", 0, 1)
     assert [line[1:3] for line in lines] == [["par", "2"], ["longer", "2"], ["ensemble", "2"]]
     assert runs_in(folder) == ["longer-0", "longer-1", "par-0", "par-1"]
@@ -91,8 +90,7 @@ def test_all_rows(table, monkeypatch):
 
 def test_changed_options(table, monkeypatch):
     """A row trains the row that it starts from, if it is missing; if the options of that row
-    change, both are trained from anew.
-    """
+    change, both are trained from anew."""
     _, _, folder = table("longer", 0)
     assert runs_in(folder) == ["longer-0", "par-0"]
     before = trained_weights(folder, "longer")
