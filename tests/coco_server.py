@@ -7,7 +7,6 @@ import socket
 import struct
 import threading
 import zipfile
-from contextlib import contextmanager
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -45,22 +44,23 @@ class Handler(BaseHTTPRequestHandler):
         fault = faults.pop(0) if faults else serve_correctly
         FAULTS.get(fault, fault)(self, server.files.get(path))
 
-    def answer(self, status, body=b"", length=None, **headers):
+    def answer(self, status, body=b"", headers=None):
+        """A header that is None is not sent."""
         self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in ({"Content-Length": len(body)} | (headers or {})).items():
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
     def answer_file(self, body, sent=None, length=None):
         """The whole file, or other bytes with its validators and another length."""
-        sent = body if sent is None else sent
-        self.answer(200, sent, length or len(body), **self.server.validators(body))
+        headers = {"Content-Length": length or len(body)} | self.server.validators(body)
+        self.answer(200, body if sent is None else sent, headers)
 
     def answer_range(self, body, start, end):
-        span, tags = f"bytes {start}-{end - 1}/{len(body)}", self.server.validators(body)
-        self.answer(206, body[start:end], Content_Range=span, **tags)
+        headers = {"Content-Range": f"bytes {start}-{end - 1}/{len(body)}"}
+        self.answer(206, body[start:end], headers | self.server.validators(body))
 
 
 def serve_correctly(handler, body):
@@ -78,7 +78,7 @@ def serve_range(handler, body):
     if start < len(body):
         handler.answer_range(body, start, len(body))
     else:
-        handler.answer(416, Content_Range=f"bytes */{len(body)}")
+        handler.answer(416, headers={"Content-Range": f"bytes */{len(body)}"})
 
 
 def truncate(handler, body, at=None):
@@ -89,12 +89,6 @@ def stall(handler, body):
     truncate(handler, body)
     handler.server.stalled.set()
     handler.server.release.wait(5)
-
-
-def no_length(handler, body):
-    handler.send_response(200)
-    handler.end_headers()
-    handler.wfile.write(body)
 
 
 def reset(handler, body):
@@ -115,30 +109,16 @@ FAULTS = {
     "ignore if-range": serve_range,
     "wrong range": lambda handler, body: handler.answer_range(body, 7, len(body)),
     "short range": lambda handler, body: handler.answer_range(body, len(body) // 2, len(body) - 9),
-    "no range": lambda handler, body: handler.answer(206, body, **handler.server.validators(body)),
+    "no range": lambda handler, body: handler.answer(206, body, handler.server.validators(body)),
     "announce too much": lambda handler, body: handler.answer_file(body, length=len(body) + 10),
     "send too much": lambda handler, body: handler.answer_file(body, body + b"surplus"),
-    "no length": no_length,
-    "web page": lambda handler, body: handler.answer(200, b"<html>", Content_Type="text/html"),
+    "no length": lambda handler, body: handler.answer(200, body, {"Content-Length": None}),
+    "web page": lambda handler, body: handler.answer(200, b"<html>", {"Content-Type": "text/html"}),
 }
 
 
 def redirect(target):
-    return lambda handler, body: handler.answer(302, Location=target)
-
-
-@contextmanager
-def serving():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.release.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return lambda handler, body: handler.answer(302, headers={"Location": target})
 
 
 def make_zip(members, compression=zipfile.ZIP_DEFLATED) -> bytes:
@@ -150,31 +130,28 @@ def make_zip(members, compression=zipfile.ZIP_DEFLATED) -> bytes:
     return file.getvalue()
 
 
-def image_name(split, year, index):
-    return f"COCO_{split}2014_{index:012}.jpg" if year == 2014 else f"{index:012}.jpg"
+def image_name(split, index):
+    """split: with its year."""
+    return f"COCO_{split}_{index:012}.jpg" if split.endswith("2014") else f"{index:012}.jpg"
 
 
 def serve_coco(server, year=2017):
     """Put a COCO of five images per split on the server; returns {path below root: bytes}."""
     tree = {}
-    for split in ("train", "val"):
-        images, annotations = [], []
-        for index in IDS:
-            name = image_name(split, year, index)
-            tree[f"{split}{year}/{name}"] = sha256(f"{split}{year}{index}".encode()).digest() * 9
-            images.append({"id": index, "file_name": name})
-            annotations += [
-                {"id": 10 * index + copy, "image_id": index, "caption": f"A {index}."}
-                for copy in range(5)
-            ]
+    for split in (f"train{year}", f"val{year}"):
+        names = {index: image_name(split, index) for index in IDS}
+        images = [{"id": index, "file_name": name} for index, name in names.items()]
+        texts = [(index, text) for index in IDS for text in ("a cat", "a dog", "a cup")]
+        annotations = [
+            {"id": number, "image_id": index, "caption": text}
+            for number, (index, text) in enumerate(texts)
+        ]
         captions = {"info": {"year": year}, "images": images, "annotations": annotations}
-        tree[f"annotations/captions_{split}{year}.json"] = json.dumps(captions).encode()
-    for zip_name, part in (
-        (f"/zips/train{year}.zip", f"train{year}/"),
-        (f"/zips/val{year}.zip", f"val{year}/"),
-        (f"/annotations/annotations_trainval{year}.zip", "annotations/"),
-    ):
-        members = {name: body for name, body in tree.items() if name.startswith(part)}
-        server.files[zip_name] = make_zip(members)
-    server.files |= {f"/{name}": body for name, body in tree.items() if name.endswith(".jpg")}
+        tree[f"annotations/captions_{split}.json"] = json.dumps(captions).encode()
+        files = {f"{split}/{n}": sha256(f"{split}{i}".encode()).digest() for i, n in names.items()}
+        server.files |= {f"/{path}": content for path, content in files.items()}
+        server.files[f"/zips/{split}.zip"] = make_zip(files)
+        tree |= files
+    annotations = {path: content for path, content in tree.items() if path.endswith(".json")}
+    server.files[f"/annotations/annotations_trainval{year}.zip"] = make_zip(annotations)
     return tree

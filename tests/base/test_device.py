@@ -17,10 +17,8 @@ CAPTIONS = torch.tensor([[1, 4, 2], [1, 5, 2]])
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """A function that sets what the CPU accelerates, and whether its LSTM supports bfloat16.
-
-    Without the latter, that is tried again.
-    """
+    """A function that sets what the CPU accelerates, and whether its LSTM supports bfloat16; None:
+    that is tried again."""
 
     def set_cpu(capabilities, lstm=None):
         found = dict.fromkeys(capabilities, True)
@@ -118,10 +116,8 @@ def extract(model, paths, folder):
     [(generate, DecoderRNN, "step"), (loss, DecoderRNN, "predict"), (extract, CNN, "views")],
 )
 def test_one_precision(shared_dataset, tmp_path, monkeypatch, precision, activity, owner, method):
-    """Captioning, the loss and feature extraction compute in the precision of the config.
-
-    A checkpoint keeps it, and `from_checkpoint` can override it.
-    """
+    """Captioning, the loss and feature extraction compute in the precision of the config, which a
+    checkpoint keeps and `from_checkpoint` can override."""
     expected, dtypes = getattr(torch, supported(precision)), set()
     paths, original = sorted((shared_dataset / "images").iterdir())[:2], getattr(owner, method)
 

@@ -1,6 +1,5 @@
 """Atomic file writes and file locks."""
 
-import contextlib
 import errno
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -55,17 +55,6 @@ def test_exception_while_writing(path, error):
     assert path.read_bytes() == b"previous"
 
 
-@contextlib.contextmanager
-def size_limit():
-    """A limit on the size of files; writing more fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize(
     "write",
     [
@@ -76,8 +65,13 @@ def size_limit():
 )
 def test_full_disk(path, write):
     """If the disk is full, the error is one sentence with the reason, and the file is intact."""
-    with size_limit(), pytest.raises(OSError) as caught:
-        write(path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # writing more fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(r"^cannot write .*file \(File too large\); .* again$", str(caught.value))
     assert path.read_bytes() == b"previous"
 
@@ -93,11 +87,7 @@ def test_full_disk(path, write):
 )
 def test_reason(path, monkeypatch, error, reason):
     """The message contains the first line of the reason, whatever is raised while writing."""
-
-    def replace(source, target):
-        raise error
-
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=error))
     with pytest.raises(OSError, match=rf"^cannot write .*file \({reason}\);"), atomic_write(path):
         pass
     assert path.read_bytes() == b"previous"
@@ -111,9 +101,6 @@ def test_impossible_path(path, parent):
         atomic_write(path.parent / parent / "x"),
     ):
         pass
-
-
-# ---------------------------------------------------------------------------- locks
 
 
 def is_locked(path):

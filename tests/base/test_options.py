@@ -45,10 +45,8 @@ def parse(*arguments):
     ],
 )
 def test_flags(arguments, expected):
-    """A flag sets its option, with the type of the field; "none" is None where None is allowed.
-
-    Without flags, the options have the defaults of the dataclass.
-    """
+    """A flag sets its option, with the type of the field; "none" is None where None is allowed, and
+    without flags, the options have the defaults of the dataclass."""
     assert parse(*arguments.split()) == Options(source="a", **expected)
 
 
@@ -60,15 +58,6 @@ def test_values_of_another_type(arguments, capsys):
     flag, value = arguments.split()
     message = capsys.readouterr().err
     assert caught.value.code == 2 and flag in message and f"'{value}'" in message
-
-
-def test_required_option(capsys):
-    """A field without a default has to be given."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser, Options)
-    with pytest.raises(SystemExit):
-        parser.parse_args([])
-    assert "required: --source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,18 @@ def test_captions_of_every_image(data, shared_dataset, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_order_of_the_file(edited):
-    """The order of the images in the file does not matter."""
-    assert edited(lambda content: content["images"].reverse()).captions == CAPTIONS
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["images"].reverse(),
+        lambda content: [annotation.pop("id") for annotation in content["annotations"]],
+        lambda content: content.update(categories=[{"id": 1, "name": "dog"}]),
+    ],
+    ids=["another order", "annotations without ids", "with COCO's categories"],
+)
+def test_other_files_with_the_same_captions(edited, edit):
+    """The order of the images, ids of annotations and categories do not matter."""
+    assert edited(edit).captions == CAPTIONS
 
 
 def test_images_without_captions(edited):
@@ -64,17 +73,6 @@ def test_without(data):
     assert smaller.image_ids == [100 + row for row in kept]
     assert smaller.paths == [data.paths[row] for row in kept]
     assert len(data) == 12
-
-
-def test_annotations_without_ids(edited):
-    """Annotations need no id of their own."""
-    assert edited(lambda c: [a.pop("id") for a in c["annotations"]]).captions == CAPTIONS
-
-
-def test_categories_do_not_matter(edited):
-    """A file that also has COCO's list of categories, as many exports do, is read."""
-    extra = {"categories": [{"id": 1, "name": "dog"}]}
-    assert edited(lambda content: content.update(extra)).captions == CAPTIONS
 
 
 def test_images_in_subfolders(dataset, edited):

@@ -32,9 +32,6 @@ def read(files):
     return {name: json.loads(path.read_text()) for name, (_, path) in files.items()}
 
 
-# ---------------------------------------------------------------------------- datasets
-
-
 def test_coco(tmp_path):
     """COCO's training images are "train"; one half of its validation images is "val"."""
     found = ids(prepare_splits("coco2017", write_coco(tmp_path)))
@@ -72,27 +69,46 @@ def test_folder(tmp_path):
     assert ids(prepare_splits("folder", root)) == found
 
 
-def test_splits_of_karpathy(tmp_path):
-    """Karpathy's file gives the split of every image of COCO 2014, whichever folder it is in."""
-    images = [
-        karpathy_image(
-            number,
-            split,
-            cocoid=number,
-            filepath=f"{folder}2014",
-            filename=f"{number % 100:02}.jpg",
-        )
-        for number, folder, split in (
-            (100, "train", "train"),
-            (101, "val", "restval"),
-            (102, "val", "val"),
-            (103, "val", "test"),
-        )
+def karpathy_image(number, split, **more):
+    sentences = [
+        {"sentid": 10 * number + i, "raw": f" Caption {i} of {number}.\n"} for i in range(2)
     ]
-    file = tmp_path / "dataset_coco.json"
-    file.write_text(json.dumps({"images": images}))
-    found = ids(prepare_splits("coco2014", write_coco(tmp_path, 2014), karpathy=file))
-    assert found == {"train": [100, 101], "val": [102], "test": [103]}
+    image = {"filename": f"{number}.jpg", "imgid": number, "split": split}
+    return image | {"sentences": sentences} | more
+
+
+def test_splits_of_karpathy(tmp_path):
+    """Karpathy's file gives the split of every image of COCO 2014, whichever folder it is in;
+    "restval" is training, and names contain folders."""
+    images = [
+        karpathy_image(0, "train", cocoid=500, filepath="train2014"),
+        karpathy_image(1, "restval", cocoid=501, filepath="val2014"),
+        karpathy_image(2, "val", cocoid=502, filepath="val2014"),
+        karpathy_image(3, "test"),  # as in his Flickr8k file: no folder, no COCO id
+    ]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images}))
+    files = prepare_splits("coco2014", write_coco(tmp_path, 2014), karpathy=path)
+    assert {image_dir for image_dir, _ in files.values()} == {tmp_path}
+    splits = read(files)
+    assert {
+        name: [(image["id"], image["file_name"]) for image in split["images"]]
+        for name, split in splits.items()
+    } == {
+        "train": [(500, "train2014/0.jpg"), (501, "val2014/1.jpg")],
+        "val": [(502, "val2014/2.jpg")],
+        "test": [(3, "3.jpg")],
+    }
+    captions = [f"Caption {i} of {number}." for number in (0, 1) for i in (0, 1)]
+    assert [a["caption"] for a in splits["train"]["annotations"]] == captions
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"images": [{"filename": "a.jpg"}]}'])
+def test_not_a_karpathy_file(tmp_path, content):
+    """Another file in place of Karpathy's is an error that names it."""
+    (tmp_path / "k.json").write_text(content)
+    with pytest.raises(DataError, match="k.json is not a Karpathy split file"):
+        karpathy_splits(tmp_path, tmp_path / "k.json", tmp_path / "splits")
 
 
 @pytest.mark.parametrize("name, first", [("coco2017", None), ("coco2014", 100)])
@@ -100,9 +116,6 @@ def test_karpathy_for_another_dataset(tmp_path, name, first):
     """Karpathy's split of another dataset, or of a part of COCO, is an error."""
     with pytest.raises(ValueError, match="complete coco2014"):
         prepare_splits(name, tmp_path, karpathy="dataset_coco.json", first=first)
-
-
-# ---------------------------------------------------------------------------- random splits
 
 
 def test_random_splits(shared_dataset, tmp_path):
@@ -149,54 +162,3 @@ def test_too_few_images_to_split(shared_dataset, tmp_path):
         random_splits(
             "images", shared_dataset / "captions.json", tmp_path, {"train": 0.99, "val": 0.01}
         )
-
-
-# ---------------------------------------------------------------------------- Karpathy's splits
-
-
-def karpathy_image(number, split, **more):
-    sentences = [
-        {"sentid": 10 * number + i, "raw": f" Caption {i} of {number}.\n"} for i in range(2)
-    ]
-    return {
-        "filename": f"{number}.jpg",
-        "imgid": number,
-        "split": split,
-        "sentences": sentences,
-        **more,
-    }
-
-
-def test_karpathy_splits(tmp_path):
-    """Karpathy's splits become captions files; "restval" is training, names contain folders."""
-    images = [
-        karpathy_image(0, "train", cocoid=500, filepath="train2014"),
-        karpathy_image(1, "restval", cocoid=501, filepath="val2014"),
-        karpathy_image(2, "val", cocoid=502, filepath="val2014"),
-        karpathy_image(3, "test"),  # as in his Flickr8k file: no folder, no COCO id
-    ]
-    path = tmp_path / "dataset_coco.json"
-    path.write_text(json.dumps({"images": images}))
-    splits = read(karpathy_splits(tmp_path, path, tmp_path / "splits"))
-    assert {
-        name: [(image["id"], image["file_name"]) for image in split["images"]]
-        for name, split in splits.items()
-    } == {
-        "train": [(500, "train2014/0.jpg"), (501, "val2014/1.jpg")],
-        "val": [(502, "val2014/2.jpg")],
-        "test": [(3, "3.jpg")],
-    }
-    assert [a["caption"] for a in splits["train"]["annotations"]] == [
-        "Caption 0 of 0.",
-        "Caption 1 of 0.",
-        "Caption 0 of 1.",
-        "Caption 1 of 1.",
-    ]
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"images": [{"filename": "a.jpg"}]}'])
-def test_not_a_karpathy_file(tmp_path, content):
-    """Another file in place of Karpathy's is an error that names it."""
-    (tmp_path / "k.json").write_text(content)
-    with pytest.raises(DataError, match="k.json is not a Karpathy split file"):
-        karpathy_splits(tmp_path, tmp_path / "k.json", tmp_path / "splits")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import Bigrams, assert_equal, language_models, random_decoder
-from naive import END, Hypothesis, greedy, without_special_tokens
+from naive import END, Hypothesis
 from naive import beam_search as naive_beam_search
 
 from captioning.decoding.beam_search import beam_search
@@ -14,25 +14,11 @@ from captioning.networks.config import INJECT
 
 
 @pytest.mark.parametrize("inject", INJECT)
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_greedy(inject, num_layers):
-    """A beam of one takes the most probable token at every step, until `<end>` or max_len."""
-    kinds = set()
-    for seed in range(12):
-        decoder, features = random_decoder(seed, inject, num_layers=num_layers)
-        found = [greedy(model, max_len=8) for model in language_models(decoder, features)]
-        searches = [([hypothesis], margin) for hypothesis, margin in found]
-        assert_equal(decoder.sample(features, beam_size=1, max_len=8), searches)
-        kinds |= {len(h.tokens) if h.ended else "max_len" for h, _ in found}
-    assert "max_len" in kinds and len(kinds) > 2
-
-
-@pytest.mark.parametrize("inject", INJECT)
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0, 2.0])
 def test_beam_search(inject, length_penalty):
     """The n best captions of a batch equal those of a naive search for each image alone."""
     for seed in range(12):
-        vocab_size, beam_size, max_len = 7 + seed % 6, 1 + seed % 4, 1 + seed * 5 % 8
+        vocab_size, beam_size, max_len = 7 + seed % 6, 1 + seed % 4, 1 + (5 * seed + 8) % 9
         n_best = [1, beam_size][seed % 2]
         decoder, features = random_decoder(seed, inject, vocab_size, num_layers=1 + seed % 2)
         searches = [
@@ -74,20 +60,6 @@ def test_fewer_captions_than_n_best(vocab_size, captions):
     searches = [naive_beam_search(m, 50, 3, 0.7, 6) for m in language_models(decoder, features)]
     assert {len(hypotheses) for hypotheses, _ in searches} == {captions}
     assert_equal(decoded, searches)
-
-
-def test_any_decoder():
-    """The search needs no more of a decoder than `init_state` and `step`."""
-    torch.manual_seed(9)
-    table, memory = 2 * torch.randn(8, 8), torch.randn(6, 8)
-
-    def model(image):
-        return lambda tokens: without_special_tokens(
-            (table[tokens[-1] if tokens else 1] + image).numpy()
-        )
-
-    decoded = beam_search(Bigrams(table), memory, beam_size=4, max_len=6, n_best=3)
-    assert_equal(decoded, [naive_beam_search(model(image), 4, 6, 0.7, 3) for image in memory])
 
 
 def test_memory_is_kept():

@@ -13,8 +13,7 @@ from captioning.figures.plots import BLUE, ORANGE
 
 def test_beam_tree():
     """The path to the best score is orange, what was dropped is grey, and the path of greedy
-    decoding, the best extension of the best first word, is dashed.
-    """
+    decoding, the best extension of the best first word, is dashed."""
     steps = [
         [Branch("a", -1, 0, True), Branch("an", -2, 0, True)],
         [Branch("cat", -1.5, 0, True), Branch("ox", -2.1, 1, True), Branch("dog", -4, 0, False)],

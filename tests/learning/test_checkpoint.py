@@ -1,10 +1,10 @@
 """Interruption, resumption, and what protects the files of a run."""
 
-import json
 import math
 import multiprocessing
 import shutil
 import signal
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,24 +14,26 @@ from conftest import calibrated_weights, command_line, supported, tiny_config
 from training_runs import assert_same_result, contents, ctrl_c, history_of, interrupt_at
 
 from captioning.base.checkpoints import load_safely
-from captioning.learning.checkpoint import lock_run_dir
 from captioning.learning.loop import fit
+from captioning.learning.options import SELF_CRITICAL
 from model import CaptionModel
 from train import build_run, main
 
 
 @pytest.fixture(scope="module")
 def run_once(shared_dataset):
-    """A complete run of three epochs with some options, the same one for the same options."""
+    """A complete run of three epochs with some options, the same one for the same options;
+    init_from: the options of the run from which it starts."""
     configs = {}
 
     def run(**options):
         name = str(sorted(options.items()))
         if name not in configs:
+            options = {"epochs": 3, "learning_rate": 0.02} | options
+            if "init_from" in options:
+                options["init_from"] = f"{run(**options['init_from']).out}/best.pt"
             out = f"{shared_dataset}/run-{len(configs)}"
-            configs[name] = tiny_config(
-                shared_dataset, **{"out": out, "epochs": 3, "learning_rate": 0.02, **options}
-            )
+            configs[name] = tiny_config(shared_dataset, out=out, **options)
             assert main(command_line(configs[name])) == 0
         return configs[name]
 
@@ -47,6 +49,10 @@ def finished(run_once):
 # ---------------------------------------------------------------------------- interruptions
 
 FINE_TUNED = {"fine_tune": "last", "flip": True, "backbone_learning_rate": 1e-3, "epochs": 2}
+ATTEND = {"inject": "attend", "dropout": 0.0, "epochs": 2}
+NEW_WORDS = ATTEND | {"init_from": ATTEND | {"min_word_freq": 3}, "best_by": "cider"}
+CRITICAL = SELF_CRITICAL | ATTEND | {"init_from": ATTEND, "loss": "self-critical"}
+CRITICAL["learning_rate"] = 2e-3
 
 
 @pytest.mark.parametrize(
@@ -59,6 +65,10 @@ FINE_TUNED = {"fine_tune": "last", "flip": True, "backbone_learning_rate": 1e-3,
         ({"grad_accum_steps": 3}, 1.99, 1, 3),  # the last step of an epoch has one batch
         ({"flip": True, "crops": 1}, 1.6, 2, 2),  # random views
         (FINE_TUNED, 1.9, 2, 2),  # random crops
+        (NEW_WORDS, 0.0, 0, 0),
+        (NEW_WORDS, 0.7, 1, 2),
+        (CRITICAL, 0.0, 0, 0),
+        (CRITICAL, 1.9, 2, 2),
     ],
     ids=str,
 )
@@ -72,7 +82,7 @@ def test_resumed_equals_uninterrupted(
     with monkeypatch.context() as patch:
         interrupt_at(patch, config, epoch)
         assert main(command_line(config)) == 130
-    assert len(history_of(tmp_path)) == int(epoch)
+    assert len(history_of(tmp_path)) == int(epoch) + ("init_from" in options)  # with epoch 0
     assert load_safely(tmp_path / "last.pt")["step"] == step
     assert main([*command_line(config), "--resume"]) == 0
     assert_same_result(tmp_path, whole.out)
@@ -106,16 +116,6 @@ def test_nan_is_never_saved(finished, tmp_path, monkeypatch, save_every):
     assert (load_safely(tmp_path / "last.pt")["step"] > 0) == (save_every > 0)
 
 
-def test_ctrl_c_in_the_first_epoch(shared_dataset, tmp_path, monkeypatch):
-    """A run that is stopped in its first epoch can be started again without an option."""
-    config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, config, 0.4)
-        assert main(command_line(config)) == 130
-    assert not (tmp_path / "last.pt").exists()
-    assert main(command_line(config)) == 0
-
-
 # ---------------------------------------------------------------------------- resuming
 
 
@@ -130,19 +130,15 @@ def test_resume_without_a_checkpoint(finished, tmp_path, capsys):
     assert [line["epoch"] for line in history_of(tmp_path)] == [1, 2]
 
 
-def test_resume_a_finished_run(finished):
-    """Resuming a run that has all its epochs trains nothing and leaves last.pt as it is."""
+def test_resume_a_finished_run(finished, dataset, tmp_path):
+    """Resuming a run that has all its epochs, also with its data in other folders, trains nothing
+    and leaves last.pt as it is."""
     before = (Path(finished.out) / "last.pt").read_bytes()
-    assert len(fit(build_run(replace(finished, resume=True)))) == 3
-    assert (Path(finished.out) / "last.pt").read_bytes() == before
-
-
-def test_resume_from_moved_data(finished, dataset, tmp_path):
-    """A run can be resumed with the same data in other folders."""
     moved = tiny_config(dataset, cache_dir=str(tmp_path))
     names = ("train_images", "train_captions", "val_images", "val_captions", "cache_dir")
     paths = {name: getattr(moved, name) for name in names}
-    assert len(build_run(replace(finished, resume=True, **paths)).progress.history) == 3
+    assert len(fit(build_run(replace(finished, resume=True, **paths)))) == 3
+    assert (Path(finished.out) / "last.pt").read_bytes() == before
 
 
 @pytest.fixture
@@ -245,23 +241,21 @@ def test_overwrite(finished, tmp_path):
 
 def test_one_run_at_a_time(shared_dataset, tmp_path, capsys):
     """From build_run to the end of fit, no other process can use the folder; this one can build the
-    run again, as a repeated cell of a notebook does.
-    """
+    run again, as a repeated cell of a notebook does."""
     config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1, overwrite=True)
-    statuses = []
+    code = "from captioning.learning.checkpoint import lock_run_dir; lock_run_dir(out).close()"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other_process:
 
-    def other_process():
-        process = multiprocessing.get_context("spawn").Process(target=lock_run_dir, args=[tmp_path])
-        process.start()
-        process.join()
-        statuses.append(process.exitcode)
+        def error_of_another():
+            error = other_process.submit(exec, code, {"out": tmp_path}).exception()
+            return error and str(error).split(";")[0]
 
-    build_run(config)
-    run = build_run(config)
-    other_process()
-    fit(run, after_epoch=lambda run: other_process())
-    other_process()
-    assert statuses == [1, 1, 0]
+        build_run(config)
+        run, errors = build_run(config), []
+        errors.append(error_of_another())
+        fit(run, after_epoch=lambda run: errors.append(error_of_another()))
+        assert errors == [f"another run is writing to {tmp_path}"] * 2
+        assert error_of_another() is None
     assert main(command_line(config)) == 0
 
 
@@ -276,20 +270,6 @@ def test_a_failed_run_releases_its_folder(shared_dataset, tmp_path, monkeypatch,
             fit(build_run(config))
     assert (contents(tmp_path) == {}) == (stage == "build_run")
     fit(build_run(config))
-
-
-# ---------------------------------------------------------------------------- what is recorded
-
-
-def test_threshold_is_recorded(shared_dataset, tmp_path):
-    """vocabulary.json and the checkpoints have the threshold and the words of the vocabulary."""
-    config = tiny_config(shared_dataset, out=str(tmp_path), min_word_freq=3, epochs=1)
-    vocab = build_run(config).model.vocab
-    fit(build_run(config))
-    assert json.loads((tmp_path / "vocabulary.json").read_text())["threshold"] == 3
-    for name in ("best.pt", "last.pt"):
-        loaded = CaptionModel.from_checkpoint(tmp_path / name).vocab
-        assert (loaded.threshold, loaded.words) == (3, vocab.words)
 
 
 def test_bugs_are_not_renamed(finished, tmp_path, monkeypatch):

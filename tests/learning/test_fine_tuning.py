@@ -26,8 +26,7 @@ def fine_tuned(dataset, fine_tune, **changes):
 @pytest.mark.parametrize("inject", ["par", "attend"])
 def test_what_changes(dataset, fine_tune, inject):
     """A run trains no part of the CNN, exactly the last stage without BatchNorms, or the whole CNN
-    with its BatchNorm statistics; features that change are not cached.
-    """
+    with its BatchNorm statistics; features that change are not cached."""
     run, before = fine_tuned(dataset, fine_tune, inject=inject)
     network, state = run.model.encoder.cnn.network, run.model.state_dict()
     changed = {name for name, tensor in state.items() if not torch.equal(tensor, before[name])}

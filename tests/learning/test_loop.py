@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,14 +22,6 @@ from model import CaptionModel
 from train import build_run
 
 
-@pytest.fixture(scope="module")
-def finished(shared_dataset):
-    """A run of three epochs, not to be modified."""
-    run = build_run(tiny_config(shared_dataset, epochs=3, learning_rate=0.02))
-    fit(run)
-    return run
-
-
 def nll_by_hand(model, pairs):
     """(negative log-likelihood, targets), caption by caption with `CaptionModel.forward`."""
     total, count = 0.0, 0
@@ -41,28 +32,6 @@ def nll_by_hand(model, pairs):
             total -= log_probs[0].gather(1, ids[0, 1:, None]).sum().item()
             count += ids.shape[1] - 1
     return total, count
-
-
-def test_history(finished):
-    """history.jsonl contains the history, in which the training loss falls."""
-    history, out = finished.progress.history, Path(finished.config.out)
-    assert [line["epoch"] for line in history] == [1, 2, 3]
-    assert history[-1]["train_loss"] < history[0]["train_loss"]
-    assert [json.loads(line) for line in (out / "history.jsonl").open()] == history
-
-
-def test_best_checkpoint(finished):
-    """best.pt has the weights of the epoch with the lowest validation loss."""
-    model = CaptionModel.from_checkpoint(Path(finished.config.out) / "best.pt")
-    data = finished.val_loader.dataset.data
-    images = zip(map(model.transform, data.paths), data.captions, strict=True)
-    pairs = [(image, caption) for image, captions in images for caption in captions]
-    total, count = nll_by_hand(model, pairs)
-    best = min(line["val_loss"] for line in finished.progress.history)
-    assert total / count == pytest.approx(best, rel=1e-3)  # cached features are float16
-
-
-# ---------------------------------------------------------------------------- the best epoch
 
 
 @pytest.fixture(params=["loss", "cider"])
@@ -83,21 +52,12 @@ def fit_with(request, dataset, monkeypatch):
 
 
 def test_early_stopping(dataset, fit_with):
-    """After `patience` epochs without improvement, in loss or CIDEr-D, the run stops.
-
-    best.pt is the best epoch, and of equal ones the first.
-    """
+    """After `patience` epochs without improvement, in loss or CIDEr-D, the run stops; best.pt is
+    the best epoch, and of equal ones the first."""
     assert fit_with([3.0, 2.0, 2.0, 2.4, 1.0], epochs=9, patience=2) == [3.0, 2.0, 2.0, 2.4]
     assert len(load_safely(dataset / "out" / "best.pt")["history"]) == 2
-
-
-def test_patience_starts_again(fit_with):
-    """After each improvement the run has `patience` epochs again."""
-    results = [3.0, 2.0, 2.5, 1.9, 2.5, 1.8]
-    assert fit_with(results, epochs=6, patience=2) == results
-
-
-# ---------------------------------------------------------------------------- one's own data
+    results = [3.0, 2.0, 2.5, 1.9, 2.5, 1.8]  # after each improvement, it starts to count again
+    assert fit_with(results, epochs=6, patience=2, overwrite=True) == results
 
 
 class Pairs(Dataset):
@@ -133,9 +93,8 @@ class Pairs(Dataset):
     ids=str,
 )
 def test_own_dataset(tmp_path, kind, options):
-    """Any Dataset of (image, caption), or of (None, caption, features), trains with `fit` and is
-    evaluated; the config needs no files of captions.
-    """
+    """Any Dataset of (image, caption), or of (None, caption, features), trains with `fit`, which
+    writes the history and the best epoch; the config needs no files of captions."""
     config = TrainConfig(
         out=str(tmp_path), epochs=3, learning_rate=0.02, batch_size=8, device="cpu", **options
     )
@@ -156,6 +115,7 @@ def test_own_dataset(tmp_path, kind, options):
     history = fit(run)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history[2]["train_loss"] < history[0]["train_loss"]
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").open()] == history
     best = CaptionModel.from_checkpoint(tmp_path / "best.pt")
     loss, targets = evaluate_loss(best, run.val_loader)
     assert loss / targets == pytest.approx(min(line["val_loss"] for line in history), rel=1e-5)

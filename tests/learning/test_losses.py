@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import supported
-from naive import NaiveDecoder, log_softmax
+from naive import NaiveAttentionDecoder, NaiveDecoder, log_softmax
 from torch import nn
 from training_runs import WORDS, tiny_model
 
@@ -54,37 +54,20 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, weights)
 
 
-# ---------------------------------------------------------------------------- cross-entropy
-
-
-@pytest.mark.parametrize("inject", INJECT)
-def test_loss_counts_words_and_end(inject):
-    """The loss is the sum of -log p over all words and `<end>`, without `<start>` and `<pad>`."""
-    model = tiny_model(inject=inject)
-    batch, naive, expected = batch_of(model), NaiveDecoder(model.decoder), []
-    embedded = model.eval().encoder.project(batch.features)[IMAGE].detach().numpy()
-    for feature, caption in zip(embedded, CAPTIONS.tolist(), strict=True):
-        logits = naive.teacher_forcing(feature, caption)
-        pairs = zip(logits, caption[1:], strict=True)
+@pytest.mark.parametrize("chunk_size", [1, 2, 64])
+def test_loss_counts_words_and_end(model, monkeypatch, chunk_size):
+    """The loss is the sum of -log p over all words and `<end>`, without `<start>` and `<pad>`,
+    whatever the chunks are in which it is computed."""
+    monkeypatch.setattr("captioning.scoring.cross_entropy.CHUNK_SIZE", chunk_size)
+    attends, batch, expected = model.config.inject == "attend", batch_of(model), []
+    naive = (NaiveAttentionDecoder if attends else NaiveDecoder)(model.decoder)
+    encoded = model.encode(None, batch.features)[IMAGE].detach().numpy()
+    for image, caption in zip(encoded, CAPTIONS.tolist(), strict=True):
+        pairs = zip(naive.teacher_forcing(image, caption), caption[1:], strict=True)
         expected += [-log_softmax(row)[word] for row, word in pairs if word != PAD]
     sums = TeacherForcing(model)(batch)
     assert sums["targets"].item() == len(expected) == 5 + 2 + 4
     assert sums["loss"].item() == pytest.approx(sum(expected), rel=1e-5)
-
-
-def test_gradient_of_cross_entropy(model):
-    """The gradient is that of the cross-entropy of the decoder's logits, one image per caption."""
-    batch = batch_of(model)
-    expected = F.cross_entropy(
-        predicted(model, batch).flatten(0, 1),
-        CAPTIONS[:, 1:].flatten(),
-        ignore_index=PAD,
-        reduction="sum",
-    )
-    found = TeacherForcing(model)(batch)["loss"]
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(*(gradients(x, model) for x in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_changes_nothing(model):
@@ -104,23 +87,20 @@ def test_images_or_features(model):
     torch.testing.assert_close(TeacherForcing(model)(batch), TeacherForcing(model)(features))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_label_smoothing(model, training):
-    """In training, the gradient is that of smoothed targets; the value is always the likelihood."""
-    batch, loss = batch_of(model), TeacherForcing(model, label_smoothing=0.2).train(training)
+@pytest.mark.parametrize("smoothing, training", [(0.0, True), (0.2, True), (0.2, False)])
+def test_gradient_of_cross_entropy(model, smoothing, training):
+    """The gradient is that of the cross-entropy of the decoder's logits, in training with smoothed
+    targets; the value is always the likelihood."""
+    batch, loss = batch_of(model), TeacherForcing(model, smoothing).train(training)
     found = loss(batch)["loss"]
     torch.testing.assert_close(found, TeacherForcing(model).eval()(batch)["loss"])
     smooth = F.one_hot(CAPTIONS[:, 1:], len(WORDS)).float()
-    smooth = 0.8 * smooth + 0.2 / len(WORDS) if training else smooth
+    smooth = (1 - smoothing) * smooth + smoothing / len(WORDS) if training else smooth
     log_probs = predicted(model, batch).log_softmax(2)
     expected = -(smooth * log_probs * (CAPTIONS[:, 1:] != PAD).unsqueeze(2)).sum()
-    weight = model.decoder.linear.weight
-    found, right = (torch.autograd.grad(x, weight)[0] for x in (found, expected))
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+    for one, other in zip(*(gradients(x, model) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     model.eval()
-
-
-# ---------------------------------------------------------------------------- the policy gradient
 
 
 @pytest.fixture
@@ -130,12 +110,6 @@ def given_samples(monkeypatch):
         losses, "sample", lambda *_: SimpleNamespace(tokens=SAMPLES.flatten(0, 1).unsqueeze(1))
     )
     return lambda *_: REWARDS
-
-
-def test_advantages_by_hand():
-    """The advantage of a sample is its reward minus the mean of the others of its image."""
-    found = leave_one_out(torch.tensor(REWARDS)).flatten()
-    assert found.tolist() == pytest.approx(ADVANTAGES)
 
 
 @pytest.mark.parametrize("xe_weight", [0.0, 0.5])
@@ -183,11 +157,20 @@ def test_samples_and_their_probabilities(model):
 
 
 class Unigrams(nn.Module):
-    """A decoder whose next word depends on nothing: one vector of logits."""
+    """A model and its decoder, whose next word depends on nothing: one vector of logits."""
+
+    device, autocast = torch.device("cpu"), staticmethod(contextlib.nullcontext)
 
     def __init__(self):
         super().__init__()
         self.logits = nn.Parameter(torch.linspace(-1, 1, 7))
+
+    @property
+    def decoder(self):
+        return self
+
+    def encode(self, images, features):
+        return features
 
     def memory(self, features):
         return features
@@ -202,25 +185,14 @@ class Unigrams(nn.Module):
         return self.logits.expand(len(targets), -1).clone()
 
 
-class UnigramModel(nn.Module):
-    device, autocast = torch.device("cpu"), staticmethod(contextlib.nullcontext)
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = Unigrams()
-
-    def encode(self, images, features):
-        return features
-
-
 def test_expected_gradient():
     """Over many samples, the gradient of the loss is that of the expected reward.
 
     The exact gradient is that of sum(p(caption) * reward(caption)) over all captions of at most two
     tokens, for a decoder of five words. The tolerance is five standard errors.
     """
-    model = UnigramModel()
-    logits = model.decoder.logits
+    model = Unigrams()
+    logits = model.logits
     table = np.random.default_rng(0).uniform(0, 5, (7, 7))  # the reward of each caption
 
     def reward(samples, references):

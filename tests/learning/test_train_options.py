@@ -18,10 +18,8 @@ SPLITS = {"train": ("a", "b"), "val": ("c", "d"), "test": ("e", "f")}
 
 
 def test_required_options(capsys):
-    """The required flags alone give the config with its defaults; each of them is required.
-
-    In Python a config needs only `out`, for loaders of one's own; build_run names what is missing.
-    """
+    """The required flags alone give the config with its defaults; each of them is required, while
+    in Python a config needs only `out`, and build_run names what is missing."""
     assert parse_args(FLAGS) == TrainConfig(**REQUIRED)
     for start in range(0, len(FLAGS), 2):
         with pytest.raises(SystemExit):
@@ -75,26 +73,8 @@ def test_config_for(dataset):
     assert {**preset, **paths, "out": "out", "epochs": 77}.items() <= asdict(config).items()
 
 
-def test_model_config():
-    """The architecture of a run consists of the fields it shares with ModelConfig."""
-    config = TrainConfig(**REQUIRED, hidden_size=7, inject="init")
-    assert config.model_config() == ModelConfig(hidden_size=7, inject="init")
-
-
 @pytest.mark.parametrize("inject, expected", [("init", True), ("pre", True), ("par", False)])
 def test_image_norm_of_the_injections(inject, expected):
     """The image embedding is normalized by default where the decoder reads it once."""
     assert parse_args([*FLAGS, "--inject", inject]).image_norm is expected
     assert config_for("folder", SPLITS, "out", inject=inject).image_norm is expected
-
-
-def test_defaults_of_self_critical_training(checkpoint):
-    """`--loss self-critical` has other defaults, in config_for too; options override both."""
-    options = {"loss": "self-critical", "init_from": "best.pt"}
-    flags = [*FLAGS, *(word for name, text in options.items() for word in flag(name, text))]
-    config = config_for("synthetic", SPLITS, "out", **options)
-    for found in (parse_args(flags), config):
-        assert (SELF_CRITICAL | {"hidden_size": 7}).items() <= asdict(found).items()
-    assert config.batch_size == SCENES["batch_size"]
-    assert parse_args([*flags, "--learning-rate", "0.1"]).learning_rate == 0.1
-    assert config_for("synthetic", SPLITS, "out", **options, weight_decay=0.5).weight_decay == 0.5

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from naive import NaiveAttentionDecoder, log_softmax
+from naive import NaiveAttentionDecoder
 
 from captioning.base.tokens import END, START
 from captioning.decoding.generate import generate
-from captioning.learning.losses import TeacherForcing
 from captioning.networks.attention import AttentionDecoder
-from data_loader import Batch
 
 M, P, C, E, V = 3, 6, 7, 8, 11  # images, positions, feature_size, embed_size, words
 CAPTIONS = torch.tensor([[1, 4, 5, 8, 7, 2], [1, 6, 2, 0, 0, 0], [1, 4, 6, 3, 2, 0]])
@@ -63,24 +61,6 @@ def test_targets_and_shared_images(decoder, features):
     torch.testing.assert_close(found, expected)
 
 
-def test_order_of_positions(decoder, features):
-    """Permuting the positions of an image permutes the attention and changes no logit."""
-    order = torch.randperm(P, generator=torch.Generator().manual_seed(2))
-    results = []
-    for memory in (decoder.memory(features), decoder.memory(features[:, order])):
-        results.append(decoder.step(torch.full((M,), 1), decoder.init_state(memory), memory))
-    torch.testing.assert_close(results[1][0], results[0][0])
-    torch.testing.assert_close(results[1][2], results[0][2][:, order])
-
-
-def test_attention_differs_between_words(decoder, features):
-    """The attention weights are a distribution over the positions that depends on the words."""
-    decoded = generate(decoder, features, beam_size=2, max_len=5)
-    attention = decoded.attention[:, 0, :2]  # (M, 2, P)
-    torch.testing.assert_close(attention.sum(2), torch.ones(M, 2))
-    assert (attention[:, 0] - attention[:, 1]).abs().sum(1).min() > 1e-3
-
-
 def test_trained_attention_finds_the_object():
     """Trained to name two objects, the attention is on the position of the one that is named.
 
@@ -117,27 +97,3 @@ def test_heads_must_divide():
     """An embedding that cannot be divided among the heads is refused."""
     with pytest.raises(ValueError, match="not divisible"):
         AttentionDecoder(10, 12, V, C, num_heads=4)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 2, 64])
-def test_loss_in_chunks(decoder, features, monkeypatch, chunk_size):
-    """The loss of a batch grouped by image is the sum over captions, whatever the chunks are."""
-
-    class Model(torch.nn.Module):
-        device, autocast = torch.device("cpu"), staticmethod(torch.enable_grad)
-
-        def encode(self, images, features):
-            return features
-
-    model, naive = Model(), NaiveAttentionDecoder(decoder)
-    model.decoder = decoder
-    expected = sum(
-        -log_softmax(row)[word]
-        for image, caption in zip(features[INDEX].numpy(), CAPTIONS.tolist(), strict=True)
-        for row, word in zip(naive.teacher_forcing(image, caption), caption[1:], strict=True)
-        if word != 0
-    )
-    monkeypatch.setattr("captioning.scoring.cross_entropy.CHUNK_SIZE", chunk_size)
-    sums = TeacherForcing(model)(Batch(None, CAPTIONS, None, INDEX, features))
-    assert sums["targets"].item() == 5 + 2 + 4
-    assert sums["loss"].item() == pytest.approx(expected, rel=1e-5)

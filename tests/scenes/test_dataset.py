@@ -99,32 +99,24 @@ def test_other_files_are_left_alone(tmp_path):
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
-def truncate_captions(root):
-    path = root / "annotations" / "captions_val.json"
-    path.write_bytes(path.read_bytes()[:500])
-
-
-def remove_an_image(root):
-    next((root / "train").iterdir()).unlink()
-
-
-def remove_captions(root):
-    (root / "annotations" / "captions_train.json").unlink()
-
-
-def lower_the_version(root):
-    path = root / "annotations" / "captions_test.json"
-    path.write_text(path.read_text().replace('"version": "2"', '"version": "1"'))
-
-
 @pytest.mark.parametrize(
-    "damage", [truncate_captions, remove_an_image, remove_captions, lower_the_version]
+    "name, damage",
+    [
+        ("annotations/captions_val.json", lambda content: content[:500]),
+        ("annotations/captions_train.json", None),
+        ("annotations/captions_test.json", lambda content: content.replace(b': "2"', b': "1"')),
+        ("train/000000000003.jpg", None),
+    ],
+    ids=["truncated captions", "no captions", "a lower version", "an image is missing"],
 )
-def test_a_damaged_dataset_is_an_error(dataset, tmp_path, damage):
+def test_a_damaged_dataset_is_an_error(dataset, tmp_path, name, damage):
     """It is kept, the message names the remedy, and after that the dataset can be written."""
     root = tmp_path / "synthetic"
     shutil.copytree(dataset[0], root)
-    damage(root)
+    content = (root / name).read_bytes()
+    (root / name).unlink()
+    if damage:
+        (root / name).write_bytes(damage(content))
     before = digest(root)
     with pytest.raises(FileExistsError, match="synthetic holds .* incomplete .* delete the folder"):
         write_synthetic(root, SIZES)

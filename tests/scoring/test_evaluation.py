@@ -24,11 +24,14 @@ def trained(shared_dataset):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_loss(trained, batch_size):
-    """The loss of a split is the sum over its captions, for any batch size."""
-    model, dataset = trained.model.eval(), trained.val_loader.dataset
+@pytest.mark.parametrize("batch_size, training", [(1, False), (5, True), (100, True)])
+def test_loss(trained, batch_size, training):
+    """The loss of a split is the sum over its captions without dropout, for any batch size; the
+    model keeps its mode."""
+    model, dataset = trained.model.train(training), trained.val_loader.dataset
     nll, tokens = evaluate_loss(model, get_loader(dataset, "val", batch_size))
+    assert model.training == training
+    model.eval()
     expected, count = 0.0, 0
     for row, captions in enumerate(dataset.data.captions):
         image = model.encoder.project(dataset.features[[row]])
@@ -39,14 +42,6 @@ def test_loss(trained, batch_size):
             count += len(log_probs)
     assert tokens == count
     assert nll == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_loss_keeps_the_mode(trained, training):
-    """The loss is computed without dropout, and the model keeps its mode."""
-    trained.model.train(training)
-    first, second = (evaluate_loss(trained.model, trained.val_loader) for _ in range(2))
-    assert first == second and trained.model.training == training
 
 
 def test_captioning_changes_no_state(dataset):
