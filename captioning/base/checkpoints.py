@@ -24,7 +24,7 @@ def save(checkpoint: dict, path):
         torch.save(checkpoint, file)
 
 
-def load_safely(path, map_location="cpu"):
+def load_safely(path):
     """torch.load for untrusted files: tensors and plain values only, never code.
 
     Raises FileNotFoundError, or ValueError for a damaged file or one with other content.
@@ -38,7 +38,7 @@ def load_safely(path, map_location="cpu"):
                 raise ValueError(f"the checksum of {damaged} is wrong")
         with warnings.catch_warnings():  # raised by torch.load itself for quantized tensors
             warnings.filterwarnings("ignore", "TypedStorage is deprecated")
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} contains more than tensors and plain values, or is not a PyTorch file; "

@@ -5,114 +5,21 @@ chair(captions, references, objects_of(image_ids, "annotations/instances_val2017
 
 Caption Hallucination Assessment with Image Relevance (Rohrbach et al., 2018, arXiv:1809.02156). The
 objects are the 80 categories of COCO. An object is in a picture if COCO's instances or one of the
-reference captions say so. The word lists are this project's own.
+reference captions say so. The word lists in objects.json are this project's own: compare the shares
+with each other, not with published ones.
 """
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 from captioning.base.tokens import tokenize
 from captioning.data.coco import DataError
+from captioning.scoring.metrics import BAD_ENDINGS
 
-# Category: the words and phrases that name it, in the singular.
-WORDS = {
-    "person": "person, man, woman, boy, girl, child, kid, baby, toddler, infant, guy, lady, adult, "
-    "gentleman, teenager, player, skier, snowboarder, surfer, skateboarder, skater, biker, rider, "
-    "bicyclist, cyclist, motorcyclist, batter, pitcher, catcher, umpire, swimmer, pedestrian, "
-    "officer, policeman, chef, waiter, waitress, farmer, worker, driver, passenger, soldier, "
-    "bride, groom, couple, crowd, family, people, mother, father, daughter, son, brother, sister",
-    "bicycle": "bicycle, bike",
-    "car": "car, automobile, sedan, suv, van, minivan, taxi, cab, jeep",
-    "motorcycle": "motorcycle, motorbike, motor bike, dirt bike, dirtbike, scooter, moped",
-    "airplane": "airplane, plane, aeroplane, jet, jetliner, airliner, aircraft, biplane, seaplane",
-    "bus": "bus, double decker, double-decker, double decker bus, double-decker bus, minibus",
-    "train": "train, locomotive, subway train, tram, trolley, freight train, passenger train",
-    "truck": "truck, lorry, pickup, pick-up, fire engine, firetruck, semi truck, tow truck",
-    "boat": "boat, ship, sailboat, canoe, kayak, ferry, yacht, rowboat, gondola, raft, motorboat",
-    "traffic light": "traffic light, traffic signal, stoplight, stop light",
-    "fire hydrant": "fire hydrant, hydrant",
-    "stop sign": "stop sign",
-    "parking meter": "parking meter, meter",
-    "bench": "bench",
-    "bird": "bird, duck, goose, pigeon, seagull, gull, parrot, owl, swan, eagle, hawk, ostrich, "
-    "hen, chicken, rooster, penguin, pelican, peacock, flamingo, sparrow, crow, heron, duckling",
-    "cat": "cat, kitten, kitty",
-    "dog": "dog, puppy, pup, poodle, beagle, bulldog, dalmatian, labrador, terrier, dachshund",
-    "horse": "horse, pony, foal, stallion, mare, colt",
-    "sheep": "sheep, lamb, ram, ewe",
-    "cow": "cow, cattle, calf, bull, ox",
-    "elephant": "elephant",
-    "bear": "bear, panda, polar bear, grizzly bear",
-    "zebra": "zebra",
-    "giraffe": "giraffe",
-    "backpack": "backpack, back pack, knapsack, rucksack",
-    "umbrella": "umbrella, parasol",
-    "handbag": "handbag, hand bag, purse",
-    "tie": "tie, necktie, bow tie, bowtie",
-    "suitcase": "suitcase, luggage, briefcase",
-    "frisbee": "frisbee, disc",
-    "skis": "ski, skis",
-    "snowboard": "snowboard",
-    "sports ball": "ball, football, basketball, volleyball, soccer ball, tennis ball",
-    "kite": "kite, parasail",
-    "baseball bat": "baseball bat, bat",
-    "baseball glove": "baseball glove, catcher's mitt, baseball mitt, mitt",
-    "skateboard": "skateboard, skate board, longboard",
-    "surfboard": "surfboard, surf board",
-    "tennis racket": "tennis racket, tennis racquet, racket, racquet",
-    "bottle": "bottle",
-    "wine glass": "wine glass, wineglass, glass of wine, glasses of wine, champagne glass",
-    "cup": "cup, mug, teacup, glass of water, glass of milk, glass of juice, paper cup",
-    "fork": "fork",
-    "knife": "knife",
-    "spoon": "spoon",
-    "bowl": "bowl",
-    "banana": "banana",
-    "apple": "apple",
-    "sandwich": "sandwich, burger, hamburger, cheeseburger",
-    "orange": "oranges, orange slice, tangerine, clementine, mandarin",
-    "broccoli": "broccoli",
-    "carrot": "carrot",
-    "hot dog": "hot dog, hotdog, chili dog",
-    "pizza": "pizza",
-    "donut": "donut, doughnut",
-    "cake": "cake, cupcake, cheesecake, birthday cake",
-    "chair": "chair, armchair, stool, recliner",
-    "couch": "couch, sofa, loveseat, futon",
-    "potted plant": "potted plant, houseplant, house plant, pot plant, potted flower",
-    "bed": "bed, bunk bed",
-    "dining table": "table, desk, tabletop, table top",
-    "toilet": "toilet, commode, urinal",
-    "tv": "tv, television, television set, tv set, flat screen, flatscreen",
-    "laptop": "laptop, laptop computer, notebook computer, macbook",
-    "mouse": "mouse, computer mouse",
-    "remote": "remote, remote control, wii remote, wii controller, game controller",
-    "keyboard": "keyboard",
-    "cell phone": "cell phone, cellphone, phone, smartphone, mobile phone, iphone",
-    "microwave": "microwave, microwave oven",
-    "oven": "oven, stove, stovetop",
-    "toaster": "toaster",
-    "sink": "sink, washbasin, wash basin",
-    "refrigerator": "refrigerator, fridge, freezer",
-    "book": "book, novel, textbook",
-    "clock": "clock",
-    "vase": "vase",
-    "scissors": "scissors, scissor, shears",
-    "teddy bear": "teddy bear, teddy, stuffed bear",
-    "hair drier": "hair drier, hair dryer, hairdryer, blow dryer",
-    "toothbrush": "toothbrush, tooth brush",
-}
-# Phrases that contain such a word but name no such object.
-OTHER_PHRASES = (
-    "train track, train station, train platform, bus stop, bus station, car park, table cloth, "
-    "bird house, bird feeder, bird bath, dog house, cat food, dog food, pizza box, pizza cutter, "
-    "cake pan, book shelf, book case, toilet paper, toilet brush, rocking horse, stuffed animal"
-)
-PLURALS = {
-    **{"man": "men", "woman": "women", "gentleman": "gentlemen", "policeman": "policemen"},
-    **{"child": "children", "lady": "ladies", "goose": "geese", "calf": "calves", "ox": "oxen"},
-    **{"knife": "knives", "person": "persons", "mouse": "mice"},
-}
+# "objects": the words that name each category, in the singular. "other phrases" contain such a word
+# but name no such object. "plurals" are irregular.
+LISTS = json.loads((Path(__file__).parent / "objects.json").read_text())
 
 
 def plural(phrase: str) -> str:
@@ -122,13 +29,13 @@ def plural(phrase: str) -> str:
         regular = noun + "es"
     elif noun.endswith("y") and noun[-2] not in "aeou":
         regular = noun[:-1] + "ies"
-    return " ".join([*before, PLURALS.get(noun, regular)])
+    return " ".join([*before, LISTS["plurals"].get(noun, regular)])
 
 
 def _phrases() -> dict[tuple[str, ...], str | None]:
     """{words of a phrase: its category, or None if it names none of the 80}."""
     found = {}
-    for category, text in [*WORDS.items(), (None, OTHER_PHRASES)]:
+    for category, text in [*LISTS["objects"].items(), (None, LISTS["other phrases"])]:
         for phrase in text.split(", "):
             for form in (phrase, plural(phrase)):
                 found[tuple(tokenize(form))] = category
@@ -137,23 +44,27 @@ def _phrases() -> dict[tuple[str, ...], str | None]:
 
 PHRASES = _phrases()
 LONGEST = max(map(len, PHRASES))
+ANIMALS = {"bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"}
 
 
 def named_objects(caption: str) -> list[str]:
     """The categories that a caption names, in order, as often as it names them.
 
-    Of phrases that overlap, the longest one counts: "hot dog" names no dog. A young animal ("a baby
-    elephant") is no person.
+    Of phrases that overlap, the longest one counts: "hot dog" names no dog. A young animal is no
+    person: "a baby polar bear" names a bear alone.
     """
     words, found, start = tokenize(caption), [], 0
     while start < len(words):
         lengths = range(min(LONGEST, len(words) - start), 0, -1)
-        length = next((n for n in lengths if tuple(words[start : start + n]) in PHRASES), 0)
-        category = PHRASES[tuple(words[start : start + length])] if length else None
-        young = words[start] in ("baby", "adult")
-        if not (young and PHRASES.get(tuple(words[start + 1 : start + 2])) not in (None, "person")):
-            found += [category] if category else []
-        start += max(length, 1)
+        length = next((n for n in lengths if tuple(words[start : start + n]) in PHRASES), 1)
+        category = PHRASES.get(tuple(words[start : start + length]))
+        following = takewhile(lambda word: word not in BAD_ENDINGS, words[start + 1 : start + 3])
+        is_young_animal = words[start] in ("baby", "adult") and not ANIMALS.isdisjoint(
+            PHRASES.get((word,)) for word in following
+        )
+        if category and not is_young_animal:
+            found.append(category)
+        start += length
     return found
 
 

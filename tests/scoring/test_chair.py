@@ -5,7 +5,7 @@ import json
 import pytest
 
 from captioning.data.coco import DataError
-from captioning.scoring.chair import WORDS, chair, named_objects, objects_of
+from captioning.scoring.chair import LISTS, chair, named_objects, objects_of
 
 CASES = {
     "A man and two dogs on a sofa.": ["person", "dog", "couch"],
@@ -14,6 +14,7 @@ CASES = {
     "two glasses of wine": ["wine glass"],
     "a glass of wine": ["wine glass"],
     "a baby elephant with a baby": ["elephant", "person"],
+    "a baby polar bear with a baby and dog": ["bear", "person", "dog"],
     "an orange cat beside oranges": ["cat", "orange"],
     "three sheep, geese, knives and children": ["sheep", "bird", "knife", "person"],
     "a train station and train tracks": [],
@@ -31,8 +32,8 @@ def test_named_objects(caption, expected):
 
 def test_there_are_80_categories():
     """The 80 categories of COCO, each of which its own name names."""
-    assert len(WORDS) == 80
-    assert [name for name in WORDS if named_objects(name) != [name]] == ["orange"]
+    assert len(LISTS["objects"]) == 80
+    assert [name for name in LISTS["objects"] if named_objects(name) != [name]] == ["orange"]
 
 
 def test_chair():
