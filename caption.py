@@ -148,7 +148,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Caption photographs.")
     parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
     add_arguments(parser, DecodingOptions)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
     parser.add_argument("--checkpoint", default=str(PRETRAINED), help="a checkpoint of train.py")
     parser.add_argument("--json", help="file for the captions, in COCO's results format")
     parser.add_argument("--maps", help="folder for pictures of the attention, PHOTO.jpg each")

@@ -22,7 +22,7 @@ from captioning.base.tokens import PAD
 
 
 class Batch(NamedTuple):
-    """Captions, and each of their images once."""
+    """Captions and their images; a `CaptionDataset` has each image once, however many captions."""
 
     images: Tensor | None  # (M, 3, H, W); None if there are features in their place
     captions: Tensor | None  # (B, T) word indices with <start> and <end>, padded with <pad>
@@ -199,8 +199,9 @@ def get_loader(
     """A DataLoader of `Batch`.
 
     mode: "train": every caption once, reshuffled in each epoch, in batches of captions of similar
-        length; call `loader.batch_sampler.set_epoch(epoch)` before each epoch. Lengths are those in
-        `dataset.lengths`; without, batches are random. "val": every item once, in order.
+        length; call `loader.batch_sampler.set_epoch(epoch)` before each epoch. The lengths are
+        those in `dataset.lengths`; without such an attribute, batches are random.
+        "val": every item once, in order.
     group_images: in training, a batch contains images with all their captions; the dataset has to
         be a `CaptionDataset`.
 

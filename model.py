@@ -97,8 +97,9 @@ class DecoderRNN(Decoder):
         self.inject = inject
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=PAD)
         input_size = 2 * embed_size if inject == "par" else embed_size
-        between = dropout if num_layers > 1 else 0.0  # the layers
-        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, dropout=between)
+        # nn.LSTM warns about dropout between layers if there is only one.
+        between_layers = {"dropout": dropout if num_layers > 1 else 0.0}
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, **between_layers)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(hidden_size, vocab_size)
         open_forget_gates(self.lstm)

@@ -1,4 +1,4 @@
-"""Special tokens, tokenization, and the vocabulary that maps words to indices.
+"""The vocabulary, which maps words to indices.
 
 vocab = Vocabulary.build(training_captions, threshold=5)
 vocab.encode("A dog runs.")     # [1, 4, 17, 92, 2]: <start> a dog runs <end>
@@ -52,11 +52,12 @@ class Vocabulary:
         """This vocabulary with further words behind its own: those that occur often enough.
 
         The words of this vocabulary keep their indices. The further ones, those of `counts` that
-        it does not contain and that occur at least `threshold` times, are sorted as by `build`.
+        it does not contain and that occur at least `threshold` times, are sorted as by `build`; the
+        recorded threshold remains that of its own words.
         """
         new = [word for word, n in counts.items() if n >= threshold and word not in self.index]
         new.sort(key=lambda word: (-counts[word], word))
-        return Vocabulary([*self.words, *new], threshold)
+        return Vocabulary([*self.words, *new], self.threshold)
 
     def __len__(self) -> int:
         return len(self.words)

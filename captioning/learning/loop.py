@@ -50,7 +50,7 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
     try:
         with lock, stop_on_sigterm() as stop:
             if not progress.history and not progress.step:
-                earlier = find_earlier_run(config)  # which a Run without build_run has not seen
+                earlier = find_earlier_run(config)  # a Run made by hand has not looked for one
                 if earlier:
                     restore(run, earlier)
             # Waits for all ranks: none looks any more for the files that `prepare_run_dir` deletes.

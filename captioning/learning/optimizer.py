@@ -17,7 +17,7 @@ def update(optimizer, targets, factor, grad_clip):
     scale = world_size / all_reduce_sum(targets)  # DDP has averaged the gradients over the ranks
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
-        if parameter.grad is not None:  # some networks have layers without use
+        if parameter.grad is not None:  # some networks have unused layers
             parameter.grad.mul_(scale)
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     for group in optimizer.param_groups:

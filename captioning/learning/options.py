@@ -30,10 +30,12 @@ class TrainConfig(ModelConfig):
     val_images: str | None = option(
         None, "folder of the validation images", required=True, may_change=True
     )
-    val_captions: str | None = option(None, "their captions", required=True, may_change=True)
+    val_captions: str | None = option(
+        None, "their captions, a JSON file in COCO's format", required=True, may_change=True
+    )
     out: str = option(help="folder for checkpoints, history and metrics", may_change=True)
     weights: str | None = option(
-        "DEFAULT", "of the CNN: torchvision's name, a state dict's path, or none"
+        "DEFAULT", "weights of the CNN: torchvision's name, a state dict's path, or none"
     )
     min_word_freq: int = option(5, "rarer words of the training captions become <unk>", at_least=1)
     # training
@@ -41,23 +43,31 @@ class TrainConfig(ModelConfig):
     crops: int = option(0, "random crops of each training image to use too", at_least=0)
     batch_size: int = option(64, "captions per batch", at_least=1)
     grad_accum_steps: int = option(2, "batches per optimizer step, to mix lengths", at_least=1)
-    learning_rate: float = option(2e-3, "maximum of the schedule (AdamW)", above=0)
-    backbone_learning_rate: float = option(3e-5, "the same for the CNN, if it is trained", above=0)
-    schedule: str = option("one-cycle", "of the learning rate", choices=("one-cycle", "constant"))
-    weight_decay: float = option(0.01, "of weight matrices, not of embeddings", at_least=0)
+    learning_rate: float = option(2e-3, "highest learning rate (of AdamW)", above=0)
+    backbone_learning_rate: float = option(3e-5, "that of the CNN, if it is trained", above=0)
+    schedule: str = option("one-cycle", "learning-rate schedule", choices=("one-cycle", "constant"))
+    weight_decay: float = option(0.01, "weight decay of matrices, not of embeddings", at_least=0)
     grad_clip: float = option(5.0, "maximum norm of the gradient", above=0)
     patience: int = option(
         4, "stop after this number of epochs without improvement", at_least=0, may_change=True
     )
     best_by: str = option("loss", "criterion of the best epoch", choices=("loss", "cider"))
     init_from: str | None = option(
-        None, "checkpoint to start from; its options are the defaults", may_change=True
+        None,
+        "checkpoint to start from, with its architecture and what its CNN sees",
+        may_change=True,
     )
-    loss: str = option("cross-entropy", "to minimize", choices=("cross-entropy", "self-critical"))
-    label_smoothing: float = option(0.0, "of the cross-entropy's targets", at_least=0, below=1)
+    loss: str = option("cross-entropy", "loss function", choices=("cross-entropy", "self-critical"))
+    label_smoothing: float = option(
+        0.0, "label smoothing of the cross-entropy", at_least=0, below=1
+    )
     samples: int = option(5, "captions per image in self-critical training", at_least=2)
-    xe_weight: float = option(0.0, "of cross-entropy in self-critical training", at_least=0)
-    seed: int = option(0, "of initialization, data order, dropout", at_least=0, below=2**32)
+    xe_weight: float = option(
+        0.0, "weight of the cross-entropy in self-critical training", at_least=0
+    )
+    seed: int = option(
+        0, "random seed of initialization, data order and dropout", at_least=0, below=2**32
+    )
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps", may_change=True)
     num_workers: int = option(0, "processes that load images", at_least=0, may_change=True)

@@ -65,7 +65,7 @@ class CNN(nn.Module):
 
     @torch.no_grad()
     def find_feature_size(self, name) -> int:
-        """C, from the output for an image. Raises ValueError if that has not the right shape."""
+        """C, from the output for an image. Raises ValueError if its shape is wrong."""
         size = self.image_size
         try:
             shape = self.eval().network(torch.zeros(1, 3, size, size)).shape

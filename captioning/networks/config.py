@@ -11,7 +11,7 @@ INJECT = ("par", "pre", "init")  # the ways in which the image enters `DecoderRN
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The architecture: everything but the words and the weights.
+    """The options of a model: everything but the words and the weights.
 
     `fits`: options that the weights of a checkpoint depend on; `sees`: what the CNN is shown.
     """
@@ -29,14 +29,16 @@ class ModelConfig:
     )
     hidden_size: int = option(512, "size of the LSTM state", at_least=1, fits=True)
     num_layers: int = option(1, "LSTM layers", at_least=1, fits=True)
-    dropout: float = option(0.2, "on word embeddings and LSTM outputs", at_least=0, below=1)
-    feature_dropout: float = option(0.0, "on the features of the CNN", at_least=0, below=1)
+    dropout: float = option(0.2, "dropout of word embeddings and LSTM outputs", at_least=0, below=1)
+    feature_dropout: float = option(0.0, "dropout of the features of the CNN", at_least=0, below=1)
     inject: str = option(
         "par", "how the image enters the LSTM", choices=(*INJECT, "attend"), fits=True
     )
     num_heads: int = option(1, "attention heads, of inject attend", at_least=1, fits=True)
     precision: str = option(
-        "auto", "auto: bfloat16 where the hardware accelerates it", choices=PRECISIONS
+        "auto",
+        "computing precision; auto: bfloat16 where the hardware accelerates it",
+        choices=PRECISIONS,
     )
 
     def __post_init__(self):
