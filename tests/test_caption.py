@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +15,7 @@ from conftest import flag, tiny_model
 from PIL import Image
 from pycocotools.coco import COCO
 
-from caption import BATCH_SIZE, caption_files, main
+from caption import caption_files, main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError
 from captioning.figures import plots
@@ -112,14 +111,6 @@ def test_standard_input(command, model, photos, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
     expected = [photos[0], photos[4], photos[1]]
     assert command(photos[0], "-")[:2] == (0, lines(expected, model.caption(expected)))
-
-
-def test_files_are_read_batch_by_batch(model, photos):
-    """The captions of a batch are there before a file of the next one is opened."""
-    captions = caption_files(model, [photos[0]] * BATCH_SIZE + ["nowhere.jpg"])
-    assert [next(captions).path for _ in range(BATCH_SIZE)] == [photos[0]] * BATCH_SIZE
-    with pytest.raises(BadImageError, match=r"nowhere.jpg"):
-        next(captions)
 
 
 # ---------------------------------------------------------------------------- decoding options
@@ -288,14 +279,22 @@ def test_only_bad_files(command, photos):
     assert json.loads(Path("out.json").read_text()) == []
 
 
-def test_files_are_opened_once(model, photos):
-    """Damaged files in a batch do not let its good files be opened again."""
+def test_files_are_read_batch_by_batch(model, photos, monkeypatch):
+    """The captions of a batch are there before a file of the next one is opened; a file is opened
+    once, also beside damaged ones.
+    """
+    monkeypatch.setattr("caption.BATCH_SIZE", 4)
     Path("bad.jpg").write_text("text")
     paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
     with mock.patch("captioning.data.images.Image.open", wraps=Image.open) as opened:
-        found = [x.captions[0] for x in caption_files(model, paths, bad.append, beam_size=3)]
-    assert Counter(call.args[0] for call in opened.call_args_list) == Counter(paths)
+        captions = caption_files(model, paths, bad.append, beam_size=3)
+        found = [next(captions).captions[0] for _ in range(3)]
+        assert [call.args[0] for call in opened.call_args_list] == paths[:4]
+        found += [x.captions[0] for x in captions]
+    assert [call.args[0] for call in opened.call_args_list] == paths
     assert found == model.caption(photos[:4]) and len(bad) == 2
+    with pytest.raises(BadImageError, match="nowhere.jpg"):
+        next(caption_files(model, ["nowhere.jpg"]))
 
 
 ERRORS = {
