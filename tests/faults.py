@@ -29,6 +29,10 @@ from tempfile import TemporaryDirectory
 # The project's modules are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib
+
+matplotlib.use("Agg")  # renders to a file, without a display
+
 import numpy as np
 import torch
 from conftest import command_line, tiny_config, write_dataset
@@ -36,6 +40,7 @@ from training_runs import assert_same_result
 
 from captioning.base.checkpoints import load_safely
 from captioning.data.splits import prepare_splits
+from captioning.figures.plots import curves
 from captioning.learning.options import config_for
 from train import main
 
@@ -173,7 +178,7 @@ def disk(folder):
             if status == 0:
                 fits += 1
                 continue
-            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            errors = re.findall("^error: ", output, re.MULTILINE)
             assert status == 1 and len(errors) == 1 and "Traceback" not in output, output
             assert not list(disk.rglob("*.part"))
             stopped += 1
@@ -201,12 +206,8 @@ def two_nodes():
     commands = [f"netns add {node}" for node in NODES]
     commands += ["link add captions-a type veth peer name captions-b"]
     for node, address in NODES.items():
-        commands += [
-            f"link set {node} netns {node}",
-            f"-n {node} addr add {address}/24 dev {node}",
-            f"-n {node} link set {node} up",
-            f"-n {node} link set lo up",
-        ]
+        commands += [f"link set {node} netns {node}", f"-n {node} link set lo up"]
+        commands += [f"-n {node} addr add {address}/24 dev {node}", f"-n {node} link set {node} up"]
     remove_nodes()
     try:
         for command in commands:
@@ -284,16 +285,8 @@ def wait_for_worker(node):
 def network(folder, times=100):
     """Two nodes train; on alternating nodes the worker is killed at a random moment."""
     data = write_dataset(folder / "data")
-    config = tiny_config(
-        data,
-        epochs=10,
-        patience=10,
-        learning_rate=0.02,
-        batch_size=4,
-        dropout=0.0,
-        save_every=4,
-        resume=True,
-    )
+    options = {"epochs": 10, "patience": 10, "save_every": 4, "resume": True}
+    config = tiny_config(data, learning_rate=0.02, batch_size=4, dropout=0.0, **options)
     lifetime, waits, stages = [], [], Counter()
     with two_nodes() as nodes:
 
@@ -337,15 +330,12 @@ def network(folder, times=100):
 
 def stage_of(run):
     """The last stage that a job has completed, judged by its files."""
-    out, cache = Path(run.out), Path(run.cache_dir)
-    for stage, files in (
-        ("the report", [out / "metrics.json"]),
-        ("the first checkpoint", [out / "last.pt"]),
-        ("feature extraction", list(cache.glob("features-*/*.npy"))),
-    ):
-        if any(file.exists() for file in files):
-            return stage
-    return "its start"
+    if Path(run.out, "metrics.json").exists():
+        return "the report"
+    if Path(run.out, "last.pt").exists():
+        return "the first checkpoint"
+    features = list(Path(run.cache_dir).glob("features-*/*.npy"))
+    return "feature extraction" if features else "its start"
 
 
 def failing_rank(folder):
@@ -357,7 +347,7 @@ def failing_rank(folder):
         begun = time.perf_counter()
         statuses, logs = both(nodes, [good, bad], folder)
         seconds = time.perf_counter() - begun
-    assert 0 not in statuses and "there is no captions file" in logs[1], "\n".join(logs)
+    assert 0 not in statuses and "elsewhere.json cannot be read" in logs[1], "\n".join(logs)
     return (
         "two nodes, one of them without the captions file",
         1,
@@ -397,25 +387,23 @@ def worker(folder):
 def memory(folder, epochs=20):
     """Resident memory after each of 20 epochs on the synthetic scenes, and a figure of it."""
     splits = prepare_splits("synthetic", ROOT / "data/synthetic")
-    config = config_for(
-        "synthetic",
-        splits,
-        folder / "out",
-        epochs=epochs,
-        patience=epochs,
-        weights=str(ROOT / "captioning/scenes/encoder.pt"),
-        cache_dir=str(folder / "cache"),
-    )
+    files = {"weights": f"{ROOT}/captioning/scenes/encoder.pt", "cache_dir": f"{folder}/cache"}
+    options = {"epochs": epochs, "patience": epochs, **files}
+    config = config_for("synthetic", splits, folder / "out", **options)
     process = start(config)
-    status, history, used = Path(f"/proc/{process.pid}/status"), Path(config.out), []
+    status, history = Path(f"/proc/{process.pid}/status"), Path(config.out, "history.jsonl")
+    used = []
     while process.is_alive() and len(used) < epochs:
         with contextlib.suppress(OSError):
-            if len((history / "history.jsonl").read_text().splitlines()) > len(used):
+            if len(history.read_text().splitlines()) > len(used):
                 used.append(int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) / 1024)
         time.sleep(0.05)
     process.join()
     assert process.exitcode == 0 and len(used) == epochs, used
-    plot_memory(used, ROOT / "docs/memory.png")
+    ax = curves({"": used}, xlabel="epoch", ylabel="MB")
+    ax.set_ylim(0, 1.2 * max(used))
+    ax.set_title("Resident memory of a training process", loc="left")
+    ax.figure.savefig(ROOT / "docs/memory.png", dpi=120)
     growth = used[-1] - used[4]
     assert growth < 0.03 * used[4], f"memory grows: {used}"
     return (
@@ -423,19 +411,6 @@ def memory(folder, epochs=20):
         1,
         f"resident memory {used[4]:.0f} MB after epoch 5, {used[-1]:.0f} MB after epoch {epochs}",
     )
-
-
-def plot_memory(used, path):
-    import matplotlib
-
-    matplotlib.use("Agg")  # renders to a file, without a display
-    import matplotlib.pyplot as plt
-
-    ax = plt.subplots(figsize=(6, 2.5), layout="constrained")[1]
-    ax.plot(range(1, len(used) + 1), used, marker="o", markersize=3)
-    ax.set(xlabel="epoch", ylabel="MB", ylim=(0, 1.2 * max(used)))
-    ax.set_title("Resident memory of a training process", loc="left")
-    ax.figure.savefig(path, dpi=120)
 
 
 # ---------------------------------------------------------------------------- the table

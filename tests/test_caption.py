@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -114,14 +113,6 @@ def test_standard_input(command, model, photos, monkeypatch):
     assert command(photos[0], "-")[:2] == (0, lines(expected, model.caption(expected)))
 
 
-def test_files_are_read_batch_by_batch(model, photos):
-    """The captions of a batch are there before a file of the next one is opened."""
-    captions = model.describe([*photos[:4], "nowhere.jpg"], batch_size=4)
-    assert [next(captions).image for _ in range(4)] == photos[:4]
-    with pytest.raises(BadImageError, match=r"nowhere.jpg"):
-        next(captions)
-
-
 # ---------------------------------------------------------------------------- decoding options
 
 
@@ -183,7 +174,11 @@ def test_json(command, model, photos):
 
 
 def test_repeated_image_ids(command, photos):
-    """Photos with the same image id are all in the results, and the id is named."""
+    """Photos with the same image id are all in the results, and the id is named; if no photo can be
+    read, the results are empty.
+    """
+    assert command("nowhere.jpg", "--json", "out.json")[:2] == (1, [])
+    assert json.loads(Path("out.json").read_text()) == []
     shutil.copy(photos[3], "3.jpg")
     status, _, errors = command(photos[3], "3.jpg", "--json", "out.json")
     assert status == 0 and errors[1:] == ["out.json: several photos have the image id 3"]
@@ -279,25 +274,26 @@ def test_damaged_files(command, model, photos, recwarn):
     assert len(json.loads(Path("out.json").read_text())) == 5
 
 
-def test_only_bad_files(command, photos):
-    """If no file can be read, the exit status is 1, and the results are empty."""
-    status, printed, errors = command("nowhere.jpg", "--json", "out.json")
-    assert (status, printed) == (1, [])
-    assert errors[1] == "error: nowhere.jpg: there is no such file; check the path"
-    assert json.loads(Path("out.json").read_text()) == []
-
-
-def test_files_are_opened_once(model, photos):
-    """Damaged files in a batch do not let its good files be opened again."""
+def test_files_are_read_batch_by_batch(model, photos, monkeypatch):
+    """The captions of a batch are there before a file of the next one is opened; a file is opened
+    once, also beside damaged ones.
+    """
+    monkeypatch.setattr("caption.BATCH_SIZE", 4)
     Path("bad.jpg").write_text("text")
     paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
     with mock.patch("captioning.data.images.Image.open", wraps=Image.open) as opened:
-        found = [x.captions[0] for x in model.describe(paths, on_bad=bad.append, beam_size=3)]
-    assert Counter(call.args[0] for call in opened.call_args_list) == Counter(paths)
+        captions = model.describe(paths, on_bad=bad.append, batch_size=4, beam_size=3)
+        found = [next(captions).captions[0] for _ in range(3)]
+        assert [call.args[0] for call in opened.call_args_list] == paths[:4]
+        found += [x.captions[0] for x in captions]
+    assert [call.args[0] for call in opened.call_args_list] == paths
     assert found == model.caption(photos[:4]) and len(bad) == 2
+    with pytest.raises(BadImageError, match="nowhere.jpg"):
+        next(model.describe(["nowhere.jpg"]))
 
 
 ERRORS = {
+    "nowhere.jpg": "error: nowhere.jpg: there is no such file; check the path",
     "00.jpg --n-best 4 --beam-size 3": "needs a beam_size at least as large",
     "00.jpg --temperature -1": "temperature is -1.0, but must be at least 0",
     "00.jpg --maps maps": "--inject attend",

@@ -15,14 +15,11 @@ CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
 @pytest.mark.parametrize(
     "caption, words",
     [
-        ("A dog runs.", "a dog runs"),
         ("A dog.It runs", "a dog it runs"),
-        ("the dog runs. it barks", "the dog runs it barks"),
         ('a sign that says "stop"', "a sign that says stop"),
         ("a sign that says \u201cstop\u201d", "a sign that says stop"),
         ("a sign that says 'stop'", "a sign that says stop"),
         ("a sign that says \u2018stop\u2019", "a sign that says stop"),
-        ("a dog -- a big one -- runs", "a dog a big one runs"),
         ("a dog--a big one", "a dog a big one"),
         ("a dog\u2014a big one", "a dog a big one"),
         ("a half-eaten t-shirt", "a half-eaten t-shirt"),
@@ -34,7 +31,6 @@ CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
         ("a man\u2019s hat", "a man 's hat"),
         ("two men's-room signs", "two men 's room signs"),
         ("the dogs' ball", "the dogs ball"),
-        ("they don't", "they don't"),
         ("they don\u2019t", "they don't"),
         ("rock 'n' roll", "rock n roll"),
         ("a cafe\u0301", "a caf\u00e9"),
