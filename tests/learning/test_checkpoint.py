@@ -55,22 +55,23 @@ CRITICAL = SELF_CRITICAL | ATTEND | {"init_from": ATTEND, "loss": "self-critical
 CRITICAL["learning_rate"] = 2e-3
 
 
+INTERRUPTIONS = {  # options, epoch, save_every, step of the last save
+    "nothing saved in the epoch": ({}, 1.4, 0, 0),
+    "after a save": ({}, 1.9, 3, 3),
+    "at the start of an epoch": ({}, 2.01, 1, 0),
+    "bfloat16": ({"precision": "bfloat16"}, 1.9, 3, 3),
+    "the last step of an epoch has one batch": ({"grad_accum_steps": 3}, 1.99, 1, 3),
+    "random views": ({"flip": True, "crops": 1}, 1.6, 2, 2),
+    "random crops": (FINE_TUNED, 1.9, 2, 2),
+    "new words, at the start": (NEW_WORDS, 0.0, 0, 0),
+    "new words": (NEW_WORDS, 0.7, 1, 2),
+    "self-critical, at the start": (CRITICAL, 0.0, 0, 0),
+    "self-critical": (CRITICAL, 1.9, 2, 2),
+}
+
+
 @pytest.mark.parametrize(
-    "options, epoch, save_every, step",
-    [
-        ({}, 1.4, 0, 0),
-        ({}, 1.9, 3, 3),
-        ({}, 2.01, 1, 0),
-        ({"precision": "bfloat16"}, 1.9, 3, 3),
-        ({"grad_accum_steps": 3}, 1.99, 1, 3),  # the last step of an epoch has one batch
-        ({"flip": True, "crops": 1}, 1.6, 2, 2),  # random views
-        (FINE_TUNED, 1.9, 2, 2),  # random crops
-        (NEW_WORDS, 0.0, 0, 0),
-        (NEW_WORDS, 0.7, 1, 2),
-        (CRITICAL, 0.0, 0, 0),
-        (CRITICAL, 1.9, 2, 2),
-    ],
-    ids=str,
+    "options, epoch, save_every, step", INTERRUPTIONS.values(), ids=INTERRUPTIONS
 )
 def test_resumed_equals_uninterrupted(
     run_once, tmp_path, monkeypatch, options, epoch, save_every, step

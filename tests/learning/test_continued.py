@@ -20,15 +20,14 @@ from train import NEW_WORDS_LOG_ODDS, build_run, main
 from vocabulary import UNK, tokenize
 
 ROWS = ("decoder.embedding.weight", "decoder.linear.weight", "decoder.linear.bias")
-ATTEND = {"inject": "attend", "num_heads": 2, "dropout": 0.0}
-both = pytest.mark.parametrize("loss", ["cross-entropy", "self-critical"])
 
 
 @pytest.fixture(scope="module")
 def trained(shared_dataset):
     """The config of a finished run, with the words that occur at least three times."""
-    options = {"epochs": 6, "learning_rate": 0.03, "out": f"{shared_dataset}/trained", **ATTEND}
-    config = tiny_config(shared_dataset, min_word_freq=3, **options)
+    options = {"epochs": 6, "learning_rate": 0.03, "out": f"{shared_dataset}/trained"}
+    options |= {"inject": "attend", "num_heads": 2, "dropout": 0.0, "min_word_freq": 3}
+    config = tiny_config(shared_dataset, **options)
     fit(build_run(config))
     return config
 
@@ -37,15 +36,11 @@ def trained(shared_dataset):
 def continued(trained, tmp_path):
     """A config that continues `trained` for two epochs, with new words or self-critically."""
 
-    def new_config(loss, out="out", **changes):
-        options = {"epochs": 2, "out": str(tmp_path / out), "loss": loss, "learning_rate": 2e-3}
-        if loss == "self-critical":
-            options = SELF_CRITICAL | options
-        return replace(
-            trained,
-            init_from=f"{trained.out}/best.pt",
-            **options | {"min_word_freq": 2, "best_by": "cider", **changes},
-        )
+    def new_config(loss, **changes):
+        options = SELF_CRITICAL if loss == "self-critical" else {}
+        options = options | {"loss": loss, "learning_rate": 2e-3, "best_by": "cider", "epochs": 2}
+        options |= {"min_word_freq": 2, "init_from": f"{trained.out}/best.pt"}
+        return replace(trained, out=str(tmp_path / "out"), **options | changes)
 
     return new_config
 
@@ -109,7 +104,7 @@ def test_new_words_are_learned(continued, capsys):
     assert "initialized from" in model.card
 
 
-@both
+@pytest.mark.parametrize("loss", ["cross-entropy", "self-critical"])
 def test_history_begins_with_epoch_0(continued, loss, capsys):
     """Epoch 0 is the model that the run starts from, and best.pt unless an epoch is better;
     self-critical training adds no words, which its samples would not contain."""

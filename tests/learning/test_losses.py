@@ -37,11 +37,11 @@ def model(request):
     return tiny_model(inject=request.param).eval()
 
 
-def batch_of(model, captions=CAPTIONS, image_index=IMAGE, images=2):
+def batch_of(model):
     torch.manual_seed(3)
     positions = 4 if model.config.inject == "attend" else 1
-    features = torch.randn(images, positions, model.encoder.cnn.feature_size)
-    return Batch(None, captions, None, image_index, features)
+    features = torch.randn(2, positions, model.encoder.cnn.feature_size)
+    return Batch(None, CAPTIONS, None, IMAGE, features)
 
 
 def predicted(model, batch):
