@@ -278,7 +278,6 @@ def test_files_are_read_batch_by_batch(model, photos, monkeypatch):
     """The captions of a batch are there before a file of the next one is opened; a file is opened
     once, also beside damaged ones.
     """
-    monkeypatch.setattr("caption.BATCH_SIZE", 4)
     Path("bad.jpg").write_text("text")
     paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
     with mock.patch("captioning.data.images.Image.open", wraps=Image.open) as opened:
