@@ -1,13 +1,15 @@
-"""Caption photographs: prints the path, a tab and the caption of each.
+"""Caption photographs: prints the path, the caption and its confidence, separated by tabs.
 
     python caption.py photo.jpg holiday          # of a folder, all images in it and its subfolders
     python caption.py photo.jpg --n-best 3       # the three best captions, each with its score
+    python caption.py holiday --min-confidence 0.6          # leaves out doubtful captions
     python caption.py photo.jpg --maps maps      # pictures of the attention, in maps/photo.jpg
     find . -name "*.jpg" | python caption.py - --json captions.json
 
-A file that cannot be read is named on standard error and left out; the exit status is then 1. The
-higher the score of a caption, the more probable it is. `--json` writes COCO's results format; the
-image ids are those of `captioning.data.image_files.image_id_of`.
+The confidence is the CIDEr-D to expect of the caption; models without calibration have no such
+column. The higher the score of a caption, the more probable it is. A file that cannot be read is
+named on standard error and left out; the exit status is then 1. `--json` writes COCO's results
+format; the image ids are those of `captioning.data.image_files.image_id_of`.
 """
 
 import argparse
@@ -49,17 +51,23 @@ def run(args) -> int:
         raise DataError("there is nothing to caption: give photos, folders, or paths to -")
     pictures = check_outputs(args, paths)
     model = CaptionModel.from_checkpoint(args.checkpoint, pick_device(args.device))
+    model.check_confidence(args.min_confidence is not None)
     print(f"model: {model.card['summary']}", file=sys.stderr)
     torch.manual_seed(args.seed)
-    results = []
+    results, doubtful = [], 0
     hide = len(paths) <= FEW or not sys.stderr.isatty()
     with tqdm(total=len(paths), unit="photo", leave=False, disable=hide) as bar:
         for found in model.describe(paths, bool(args.maps), on_bad, **vars(options)):
+            bar.update()
+            if args.min_confidence is not None and found.confidence < args.min_confidence:
+                doubtful += 1
+                continue
             print_captions(found, with_scores=args.n_best > 1)
             results.append((image_id_of(found.image), found.captions[0]))
             if args.maps:
                 save_map(pictures[found.image], found, model.encoder.cnn.image_size)
-            bar.update()
+    if doubtful:
+        print(f"{doubtful} captions are below --min-confidence and left out", file=sys.stderr)
     if args.json:
         write_json(args.json, results)
     return 1 if bad else 0
@@ -125,10 +133,15 @@ def save_map(file, found, size):
 
 
 def print_captions(found, with_scores):
-    """A line per caption: path, score if wanted, caption. `tqdm.write` keeps the bar below them."""
+    """A line per caption: path, score if wanted, caption, and of the best one the confidence.
+
+    `tqdm.write` keeps the bar below them.
+    """
+    known = [] if found.confidence is None else [f"{found.confidence:.2f}"]
     for caption, score in zip(found.captions, found.scores, strict=True):
-        columns = [str(found.image), *([f"{score:.3f}"] if with_scores else []), caption]
+        columns = [str(found.image), *([f"{score:.3f}"] if with_scores else []), caption, *known]
         tqdm.write("\t".join(columns), file=sys.stdout)
+        known = []
     sys.stdout.flush()
 
 
@@ -148,6 +161,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Caption photographs.")
     parser.add_argument("photos", nargs="+", help="photos and folders; -: paths on standard input")
     add_arguments(parser, DecodingOptions)
+    parser.add_argument("--min-confidence", type=float, help="leave out less certain captions")
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling")
     parser.add_argument("--checkpoint", default=str(PRETRAINED), help="a checkpoint of train.py")
     parser.add_argument("--json", help="file for the captions, in COCO's results format")

@@ -30,6 +30,7 @@ from captioning.networks.cnn import CNN
 from captioning.networks.config import INJECT, ModelConfig
 from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
 from captioning.networks.layers import BatchNorm
+from captioning.scoring.confidence import Confidence
 from vocabulary import Vocabulary
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
@@ -151,7 +152,8 @@ class CaptionModel(Captioner, nn.Module):
 
     weights: of the CNN, as in `EncoderCNN`.
     backbone: an nn.Module to use as the CNN; config.backbone becomes the name of its class.
-    card: the model card, a dict that says what the model was trained on.
+    card: the model card, a dict that says what the model was trained on. confidence: a
+        `captioning.scoring.confidence.Confidence` if it has been calibrated, otherwise None.
     """
 
     def __init__(self, vocab, config: ModelConfig | None = None, weights="DEFAULT", backbone=None):
@@ -212,6 +214,7 @@ class CaptionModel(Captioner, nn.Module):
             "threshold": self.vocab.threshold,
             "model": self.state_dict(),
             "card": self.card,
+            "confidence": self.confidence and self.confidence.state(),
         }
 
     @classmethod
@@ -231,6 +234,8 @@ class CaptionModel(Captioner, nn.Module):
         model = cls(vocab, config, weights=None, backbone=backbone)
         model.load_state_dict(checkpoint["model"])
         model.card = checkpoint["card"]
+        if checkpoint.get("confidence"):
+            model.confidence = Confidence.from_state(checkpoint["confidence"])
         return model.to(device).eval()
 
     @classmethod

@@ -1,5 +1,6 @@
 """The command caption.py, and the photographs in photos/."""
 
+import copy
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from caption import main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError
 from captioning.figures import plots
+from captioning.scoring.confidence import Confidence
 from model import CaptionModel
 from vocabulary import SPECIAL_TOKENS
 
@@ -111,6 +113,32 @@ def test_standard_input(command, model, photos, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(listed))
     expected = [photos[0], photos[4], photos[1]]
     assert command(photos[0], "-")[:2] == (0, lines(expected, model.caption(expected)))
+
+
+@pytest.fixture
+def calibrated(model, photos, tmp_path):
+    """A checkpoint with a confidence, fitted to scores that are made up."""
+    model = copy.deepcopy(model)
+    encoded = model.encode(model.preprocess(photos)).detach()
+    found = Confidence.of_images(encoded)
+    predictors = found.predictors(encoded, model.generate(model.preprocess(photos)))
+    model.confidence = found.fitted(100 * predictors, np.linspace(0, 2, len(photos)))
+    save(model.checkpoint(), tmp_path / "calibrated.pt")
+    return tmp_path / "calibrated.pt"
+
+
+def test_confidence(command, calibrated, photos):
+    """The last column is the confidence; --min-confidence leaves out the captions below it."""
+    model = CaptionModel.from_checkpoint(calibrated)
+    captions, known = model.caption(photos, return_confidence=True)
+    rows = [f"{x}\t{y:.2f}" for x, y in zip(lines(photos, captions), known, strict=True)]
+    assert len(set(known)) > 2 and command(*photos, checkpoint=calibrated)[1] == rows
+    limit = sorted(known)[5] + 1e-6
+    _, printed, errors = command(*photos, "--min-confidence", limit, checkpoint=calibrated)
+    assert printed == [row for row, value in zip(rows, known, strict=True) if value >= limit]
+    assert errors[1].startswith(f"{sum(value < limit for value in known)} captions")
+    status, printed, errors = command(*photos, "--min-confidence", 0.5)
+    assert (status, printed) == (1, []) and "not been calibrated" in errors[0]
 
 
 # ---------------------------------------------------------------------------- decoding options

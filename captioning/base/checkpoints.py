@@ -81,5 +81,6 @@ def export(source, target, card=None):
         for name, tensor in checkpoint["model"].items()
     }
     kept = {name: checkpoint[name] for name in ("format", *CONTENT)}
+    kept |= {"confidence": checkpoint.get("confidence")}
     kept |= {"model": state, "card": checkpoint["card"] | (card or {})}
     save(kept | {"history": checkpoint.get("history", [])}, target)

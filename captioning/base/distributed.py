@@ -5,6 +5,7 @@ with process_group(device):                # no effect unless torchrun started t
     total = all_reduce_sum(total)
 """
 
+import builtins
 import contextlib
 import os
 import sys
@@ -137,4 +138,5 @@ def print0(text):
 
 def show_progress() -> bool:
     """Whether to show progress bars: on rank 0, in a terminal or a notebook, not in a log file."""
-    return rank_and_world_size()[0] == 0 and (sys.stdout.isatty() or "ipykernel" in sys.modules)
+    in_notebook = hasattr(builtins, "__IPYTHON__")
+    return rank_and_world_size()[0] == 0 and (sys.stdout.isatty() or in_notebook)

@@ -21,6 +21,7 @@ class Captioned(NamedTuple):
     captions: list[str]  # at most n_best, best first
     scores: list[float]  # of the captions, see `Decoded`
     attention: np.ndarray | None  # of the best caption, see `Decoded.attention_maps`
+    confidence: float | None  # the CIDEr-D to expect of the best caption, if the model knows it
 
 
 class Captioner:
@@ -31,18 +32,34 @@ class Captioner:
     autocast()                  the precision, as a context manager
     """
 
-    def caption(self, images, n_best=None, return_attention=False, **options):
+    confidence = None  # a `captioning.scoring.confidence.Confidence`
+
+    def caption(
+        self, images, n_best=None, return_attention=False, return_confidence=False, **options
+    ):
         """Caption an image (path or PIL image) or an iterable of images.
 
         Returns a string per image or, with `n_best`, a list of strings, best first. options: those
         of `describe`. Raises BadImageError.
 
         return_attention: also return the attention of each image's first caption, see
-            `Decoded.attention_maps`. Raises ValueError if the model has none.
+            `Decoded.attention_maps`. return_confidence: also return the CIDEr-D to expect of it.
+            Both raise ValueError if the model has none.
         """
+        self.check_confidence(return_confidence)
         found = list(self.describe(images, return_attention, n_best=n_best or 1, **options))
         captions = [x.captions[0] if n_best is None else x.captions for x in found]
-        return (captions, [x.attention for x in found]) if return_attention else captions
+        attention = [[x.attention for x in found]] if return_attention else []
+        confidence = [[x.confidence for x in found]] if return_confidence else []
+        return (captions, *attention, *confidence) if attention or confidence else captions
+
+    def check_confidence(self, wanted=True):
+        """Raise ValueError if the confidence is `wanted`, but this model has none."""
+        if wanted and self.confidence is None:
+            raise ValueError(
+                "the confidence of this model has not been calibrated; the included model, "
+                "pretrained/photo_captioner.pt, has one"
+            )
 
     def describe(self, images, return_attention=False, on_bad=None, batch_size=32, **options):
         """Yields a `Captioned` for each image, in order; an image is read when it is needed.
@@ -64,11 +81,15 @@ class Captioner:
                     on_bad(error)
             if not readable:
                 continue
-            decoded = self.generate(concatenate(inputs), **options)
-            maps = decoded.attention_maps() if return_attention else [None] * len(readable)
-            rows = zip(readable, self.decode(decoded), decoded.scores.tolist(), maps, strict=True)
-            for image, captions, scores, attention in rows:
-                yield Captioned(image, captions, scores[: len(captions)], attention)
+            with eval_mode(self), self.autocast():
+                encoded = self.encode(concatenate(inputs))
+                decoded = generate(self.decoder, encoded, **options)
+            none = [None] * len(readable)
+            maps = decoded.attention_maps() if return_attention else none
+            known = self.confidence(encoded, decoded).tolist() if self.confidence else none
+            rows = zip(self.decode(decoded), decoded.scores.tolist(), maps, known, strict=True)
+            for image, (captions, scores, *others) in zip(readable, rows, strict=True):
+                yield Captioned(image, captions, scores[: len(captions)], *others)
 
     def generate(self, images=None, features=None, **options) -> Decoded:
         """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""

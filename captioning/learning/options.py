@@ -118,10 +118,10 @@ SCENES = {
     "embed_size": 128,
     "hidden_size": 256,
     "dropout": 0.0,
-    "epochs": 8,
-    "batch_size": 32,
+    "epochs": 10,
+    "batch_size": 64,
     "grad_accum_steps": 1,
-    "learning_rate": 3e-3,
+    "learning_rate": 4e-3,
 }
 
 # A trained model continues on other images, of which there may be few.

@@ -54,14 +54,9 @@ def score(candidates, data, vocab, training_captions=()) -> dict:
     If the images are of several sources, "sources" has the scores of each, with document
     frequencies of its own for CIDEr-D, and the other scores are the means over the sources.
     """
-    sources = sorted(set(data.sources))
-    apart = {}
-    for source in sources:
-        rows = [row for row, name in enumerate(data.sources) if name == source]
-        own = [candidates[row] for row in rows], [data.captions[row] for row in rows]
-        apart[source], _ = caption_scores(*own)
-    scores = apart[sources[0]]
-    if len(sources) > 1:
+    apart, _ = score_sources(candidates, data)
+    scores = next(iter(apart.values()))
+    if len(apart) > 1:
         means = {
             name: mean(of[name] for of in apart.values()) for name in scores if name != "tokenizer"
         }
@@ -71,6 +66,18 @@ def score(candidates, data, vocab, training_captions=()) -> dict:
         **scores,
         **diagnostics(candidates, training_captions, len(vocab)),
     }
+
+
+def score_sources(candidates, data):
+    """({source: scores}, the CIDEr-D of each image) of captions, one per image of `data`."""
+    apart, per_image = {}, [0.0] * len(candidates)
+    for source in sorted(set(data.sources)):
+        rows = [row for row, name in enumerate(data.sources) if name == source]
+        own = [candidates[row] for row in rows], [data.captions[row] for row in rows]
+        apart[source], values = caption_scores(*own)
+        for row, value in zip(rows, values, strict=True):
+            per_image[row] = value
+    return apart, per_image
 
 
 def evaluate_split(model, loader, images, training_captions=(), **options):

@@ -199,7 +199,7 @@ def add(page, photos):
 
 
 def test_captions_appear(page, photos):
-    """Uploaded photos are shown with a caption, its probability, alternatives, and a map for each
+    """Uploaded photos are shown with a caption, alternatives, and a map for each
     word; all pictures are loaded. At a width of 390 pixels nothing extends beyond the window.
     """
     add(page, photos)

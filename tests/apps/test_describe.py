@@ -1,4 +1,4 @@
-"""Captions of a photo with probabilities and attention, and their HTML."""
+"""Captions of a photo with confidence and attention, and their HTML."""
 
 import base64
 import io
@@ -10,8 +10,9 @@ import torch
 from conftest import tiny_model
 from PIL import Image
 
-from apps.web.describe import MAX_PHOTOS, Description, card, cards, describe, escape
+from apps.web.describe import MAX_PHOTOS, card, cards, describe, escape
 from captioning.base.tokens import SPECIAL_TOKENS
+from captioning.decoding.captioner import Captioned
 
 WORDS = [*SPECIAL_TOKENS, "a", "cat", "dog", "on", "{{x}}", "<b>"]
 
@@ -39,45 +40,47 @@ def test_the_first_caption_is_that_of_the_model(model, photo):
     assert describe(model, photo, beam_size=4).captions[0] == model.caption(photo, beam_size=4)[0]
 
 
-def test_probabilities(model, photo):
-    """A probability is the product of those of the words, computed by teacher forcing."""
-    found = describe(model, photo, beam_size=5)
-    memory = model.encode(model.preprocess([photo]))
-    for caption, probability in zip(found.captions, found.probabilities, strict=True):
-        tokens = torch.tensor([[1, *(model.vocab(word) for word in caption.split()), 2]])
-        logits = model.decoder(memory, tokens)[0].detach()  # (T-1, V)
-        logits[:, [0, 1, 3]] = -torch.inf  # <pad>, <start> and <unk> are never generated
-        chosen = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])
-        assert probability == pytest.approx(chosen.sum().exp().item(), rel=1e-3)
-
-
 @pytest.mark.parametrize("method", ["beam search", "sampling"])
 def test_maps(model, photo, method):
     """There is one square map per word of the first caption, and its weights sum to 1."""
     torch.manual_seed(0)
     found = describe(model, photo, method)
-    assert found.maps.shape == (len(found.captions[0].split()), 2, 2)
-    np.testing.assert_allclose(found.maps.sum((1, 2)), 1, atol=1e-5)
+    assert found.attention.shape == (len(found.captions[0].split()), 2, 2)
+    np.testing.assert_allclose(found.attention.sum((1, 2)), 1, atol=1e-5)
 
 
 def test_a_model_without_attention_has_no_maps(photo):
-    """Without attention, maps is None and the card has none."""
+    """Without attention, the card has no maps."""
     found = describe(random_model("pre"), photo)
-    assert found.maps is None and "maps" not in card(Image.open(photo), found)
+    assert found.attention is None and "maps" not in card(Image.open(photo), found)
 
 
 def test_sampled_captions_are_different_and_sorted(model, photo):
     """Samples are listed once each, the most probable one first."""
     torch.manual_seed(0)
     found = describe(model, photo, "sampling", temperature=2.0)
-    assert 1 < len(set(found.captions)) == len(found.captions) <= 5
-    assert found.probabilities == sorted(found.probabilities, reverse=True)
+    torch.manual_seed(0)
+    samples = [*model.describe([photo] * 5, temperature=2.0)]
+    best = sorted(samples, key=lambda sample: sample.scores, reverse=True)
+    assert found.captions == [*dict.fromkeys(sample.captions[0] for sample in best)]
+    assert len(found.captions) > 1
+
+
+def test_the_badge():
+    """The confidence is shown, with a word if it is low; without calibration, nothing is."""
+    found = Captioned(None, ["cat"], [-1.0], None, 0.314)
+    image = Image.new("RGB", (9, 9))
+    assert "unsure, expected CIDEr-D 0.31<" in card(image, found)
+    assert ">expected CIDEr-D 0.95<" in card(image, found._replace(confidence=0.95))
+    assert "CIDEr" not in card(image, found._replace(confidence=None))
 
 
 def test_maps_are_darkest_where_the_attention_is_smallest():
     """A white photo is white at the largest weight of a word, and dark at a weight of 0."""
     maps = np.array([[[1.0, 0.0], [0.0, 0.0]]], dtype="float32")
-    shown = card(Image.new("RGB", (160, 160), "white"), Description(["cat"], [0.5], maps))
+    shown = card(
+        Image.new("RGB", (160, 160), "white"), Captioned(None, ["cat"], [-1.0], maps, None)
+    )
     content = re.findall(r"base64,([^\"]*)", shown)[1]
     shaded = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("L"))
     assert shaded[:20, :20].min() > 240 and 40 < shaded[-20:, -20:].max() < 90
@@ -89,7 +92,9 @@ def test_maps_are_darkest_where_the_attention_is_smallest():
 def test_nothing_is_interpreted():
     """Words and names that look like HTML, or like Gradio's templates, are shown as they are."""
     assert escape("<b>{{x}}${y}") == "&lt;b&gt;&#123;&#123;x}}&#36;&#123;y}"
-    shown = card(Image.new("RGB", (9, 9)), Description(["<b> {{x}}"], [0.5], np.ones((2, 2, 2))))
+    shown = card(
+        Image.new("RGB", (9, 9)), Captioned(None, ["<b> {{x}}"], [-1.0], np.ones((2, 2, 2)), None)
+    )
     assert "<b>" not in shown and "{{" not in shown
 
 
