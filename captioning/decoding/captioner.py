@@ -11,7 +11,7 @@ from PIL import Image
 from captioning.base.modules import eval_mode
 from captioning.data.images import BadImageError
 from captioning.decoding.decoded import Decoded
-from captioning.decoding.generate import generate
+from captioning.decoding.generate import DecodingOptions, generate
 
 
 class Captioned(NamedTuple):
@@ -81,20 +81,29 @@ class Captioner:
                     on_bad(error)
             if not readable:
                 continue
-            with eval_mode(self), self.autocast():
-                encoded = self.encode(concatenate(inputs))
-                decoded = generate(self.decoder, encoded, **options)
+            decoded = self.generate(concatenate(inputs), **options)
             none = [None] * len(readable)
             maps = decoded.attention_maps() if return_attention else none
-            known = self.confidence(encoded, decoded).tolist() if self.confidence else none
+            known = none if decoded.confidence is None else decoded.confidence[:, 0].tolist()
             rows = zip(self.decode(decoded), decoded.scores.tolist(), maps, known, strict=True)
             for image, (captions, scores, *others) in zip(readable, rows, strict=True):
                 yield Captioned(image, captions, scores[: len(captions)], *others)
 
-    def generate(self, images=None, features=None, **options) -> Decoded:
-        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`."""
+    def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
+        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`.
+
+        With a confidence, the captions of a beam are ranked by it, and not by their scores.
+        """
+        wanted = DecodingOptions(**options)
+        beam = {"n_best": wanted.beam_size} if self.confidence and wanted.beam_size else {}
         with eval_mode(self), self.autocast():
-            return generate(self.decoder, self.encode(images, features), **options)
+            encoded = self.encode(images, features)
+            decoded = generate(self.decoder, encoded, generator, **options | beam)
+        if self.confidence is None:
+            return decoded
+        confidence = self.confidence(encoded, decoded).to(decoded.scores.device)
+        order = confidence.topk(wanted.n_best).indices
+        return decoded._replace(confidence=confidence).take(order).trimmed()
 
     def decode(self, decoded: Decoded) -> list[list[str]]:
         """Token ids (B, N, L) as N captions for each of B images; fewer, if fewer were found."""

@@ -15,6 +15,7 @@ class Decoded(NamedTuple):
     ended: torch.Tensor  # (B, N) bool, False if <end> was not reached within max_len tokens
     scores: torch.Tensor  # (B, N) sum of log_probs / length ** length_penalty; -inf: no caption
     attention: torch.Tensor | None  # (B, N, L, P) with which each token was predicted
+    confidence: torch.Tensor | None = None  # (B, N) the CIDEr-D to expect, if the model knows it
 
     @classmethod
     def empty(cls, batch, count, max_len, device):
@@ -52,7 +53,7 @@ class Decoded(NamedTuple):
         if attention is not None:
             attention = attention[:, :, :length].masked_fill(padding.unsqueeze(3), 0.0)
         ended = self.ended & (self.scores > -torch.inf)
-        return Decoded(tokens, log_probs, ended, self.scores, attention)
+        return self._replace(tokens=tokens, log_probs=log_probs, ended=ended, attention=attention)
 
     def attention_maps(self) -> list:
         """The attention weights of each image's first caption, without `<end>`: (words, H, W) if

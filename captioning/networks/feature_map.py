@@ -28,6 +28,8 @@ class FeatureMap(nn.Module):
             raise ValueError(f"{name} has no feature map to extract ({error})") from error
 
     def forward(self, images):
+        if self.extractor.training != self.training:  # torch.fx forgets the mode in a deep copy
+            self.extractor.train(self.training)
         return self.extractor(images)["map"]  # (B, C, H, W)
 
 

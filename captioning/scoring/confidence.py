@@ -1,106 +1,175 @@
 """How good a caption probably is: the CIDEr-D to expect, without reference captions.
 
 model.confidence = calibrate(model, training_images, validation_images, beam_size=5)
-model.confidence(encoded, decoded)              # (B,), one per image
+model.confidence(encoded, decoded)              # (B, N), of N captions for each of B images
 
-The predictors are the log-probabilities of the caption's words, and how similar the image is to
-those of the training: captions of images that look like no training image are mostly wrong.
+A caption is probably good if its words are probable, if the image resembles training images, and if
+the captions of these contain its words. The last is the strongest sign: a model that calls a pizza
+a dog has seen that pizzas are not called dogs. `CaptionModel.generate` therefore also ranks the
+captions of a beam by their confidence.
 """
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from captioning.base.modules import eval_mode
+from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.decoding.generate import generate
 from captioning.scoring.evaluation import score_sources
 
 BATCH_SIZE = 64
-COMPONENTS = 64  # of the features, in which images are compared
-NEAREST = 5  # training images, whose similarities are averaged
-RIDGE = 100.0  # in units of the predictors' variance over all images
+COMPONENTS = 96  # of the features, in which images are compared
+NEAREST, SHARPNESS = 20, 10.0  # similar training images; weight: exp(SHARPNESS * cosine)
+FAMILIAR = 5  # training images, whose similarities are averaged
+RIDGE = 100.0  # in units of the predictors' variance over all captions
 
 
 @dataclass
 class Confidence:
-    """The expected CIDEr-D of captions; a linear function of four predictors.
+    """The expected CIDEr-D of captions, a linear function of six predictors.
 
-    All fields are float32 tensors on the CPU, and in a checkpoint.
+    All fields are tensors on the CPU. Of each training image there are the words of its captions,
+    `counts[n]` entries of image n after those of image n - 1.
     """
 
     center: torch.Tensor  # (C,) the mean of the training images' features
     basis: torch.Tensor  # (C, D) the principal components of the features, each feature scaled
     images: torch.Tensor  # (N, D) the training images, as unit vectors
-    weight: torch.Tensor  # (4,) of the predictors
+    counts: torch.Tensor  # (N,) how many entries an image has
+    words: torch.Tensor  # (entries,) word indices
+    shares: torch.Tensor  # (entries,) of the image's captions, that have the word
+    weight: torch.Tensor  # (6,) of the predictors
     bias: torch.Tensor  # ()
 
     @classmethod
-    def of_images(cls, encoded) -> "Confidence":
-        """Not fitted yet. encoded: what the model's `encode` returns for the training images."""
+    def of_images(cls, encoded, captions) -> "Confidence":
+        """Not fitted yet. encoded: what the model's `encode` returns for the training images.
+
+        captions: for each image, a list of lists of word indices.
+        """
         features = pooled(encoded)  # (N, C)
         center, scale = features.mean(0), features.std(0) + 1e-3
         scaled = (features - center) / scale
         _, components = torch.linalg.eigh(scaled.T @ scaled)  # ascending
         basis = components[:, -COMPONENTS:] / scale.unsqueeze(1)
         images = F.normalize((features - center) @ basis, dim=1)
-        return cls(center, basis, images, torch.zeros(4), torch.zeros(()))
+        of_images = [Counter(word for text in texts for word in set(text)) for texts in captions]
+        counts = torch.tensor([len(of_image) for of_image in of_images])
+        words = torch.tensor([word for of_image in of_images for word in of_image])
+        shares = torch.tensor(
+            [
+                count / len(texts)
+                for texts, of_image in zip(captions, of_images, strict=True)
+                for count in of_image.values()
+            ]
+        )
+        return cls(center, basis, images, counts, words, shares, torch.zeros(6), torch.zeros(()))
+
+    def __post_init__(self):
+        rows = torch.arange(len(self.images)).repeat_interleave(self.counts.long())
+        entries = torch.stack([self.words.long(), rows])
+        size = int(self.words.max()) + 1, len(self.images)
+        self.word_shares = torch.sparse_coo_tensor(  # (V, N)
+            entries, self.shares.float(), size, check_invariants=True
+        )
 
     def fitted(self, predictors, scores) -> "Confidence":
-        """With the weights of a ridge regression of scores (N,) on predictors (N, 4)."""
-        x, y = predictors.double(), torch.as_tensor(scores, dtype=torch.float64)
+        """With the weights of a ridge regression of scores (M,) on predictors (M, 6)."""
+        x, y = predictors.double(), scores.double()
         mean, scale = x.mean(0), x.std(0) + 1e-9
         z = (x - mean) / scale
         identity = torch.eye(z.size(1), dtype=z.dtype)
         weight = torch.linalg.solve(z.T @ z + RIDGE * identity, z.T @ (y - y.mean())) / scale
         bias = y.mean() - mean @ weight
-        return Confidence(self.center, self.basis, self.images, weight.float(), bias.float())
+        return replace(self, weight=weight.float(), bias=bias.float())
 
     def predictors(self, encoded, decoded):
-        """(B, 4): sum, mean and minimum of the first caption's log-probabilities; similarity."""
-        log_probs = decoded.log_probs[:, 0].float().cpu()  # (B, L), 0 for <pad>
-        total, lengths = log_probs.sum(1), log_probs.ne(0).sum(1).clamp(min=1)
+        """(B, N, 6): sum, mean and minimum of a caption's log-probabilities; how familiar the image
+        is; and how far the captions of similar images have its words, as a mean and as a sum.
+        """
+        log_probs = decoded.log_probs.float().cpu()  # (B, N, L), 0 for <pad>
+        total, lengths = log_probs.sum(2), log_probs.ne(0).sum(2).clamp(min=1)
         components = (pooled(encoded) - self.center) @ self.basis
-        similarity = F.normalize(components, dim=1) @ self.images.T  # (B, N)
-        nearest = similarity.topk(min(NEAREST, len(self.images))).values
-        return torch.stack([total, total / lengths, log_probs.amin(1), nearest.mean(1)], 1)
+        similarity = F.normalize(components, dim=1) @ self.images.T  # (B, N images)
+        familiar = similarity.topk(min(FAMILIAR, len(self.images))).values.mean(1, keepdim=True)
+        support, idf = self.support(similarity, 1 + int(decoded.tokens.max()))  # (B, V), (V,)
+        support = support.unsqueeze(1)
+        present = torch.zeros(*total.shape, len(idf)).scatter_(2, decoded.tokens.cpu(), 1.0)
+        present[:, :, : len(SPECIAL_TOKENS)] = 0.0  # (B, N, V)
+        squared = present * idf**2
+        agreement = (squared * support).sum(2) / squared.sum(2).clamp(min=1e-6)
+        supported = (present * idf * support).sum(2)
+        familiar = familiar.expand_as(total)
+        means = total / lengths, log_probs.amin(2), familiar, agreement
+        return torch.stack([total, *means, supported], 2)
+
+    def support(self, similarity, vocab_size=0):
+        """The share of the captions of similar training images that have a word, (B, V), and the
+        words' inverse document frequencies (V,). V is at least `vocab_size`.
+        """
+        count = len(self.images)
+        nearest, index = similarity.topk(min(NEAREST, count))
+        weights = torch.zeros_like(similarity).scatter(1, index, (SHARPNESS * nearest).softmax(1))
+        frequency = torch.sparse.mm(self.word_shares, torch.full((count, 1), 1 / count)).squeeze(1)
+        unseen = 0, max(vocab_size - len(frequency), 0)  # words that no training caption has
+        support = torch.sparse.mm(self.word_shares, weights.T).T
+        return F.pad(support, unseen), -(F.pad(frequency, unseen) + 1e-4).log()
 
     def __call__(self, encoded, decoded):
-        """(B,) the expected CIDEr-D of the first caption of each image, at least 0."""
-        return (self.predictors(encoded, decoded) @ self.weight + self.bias).clamp(min=0)
+        """(B, N) the expected CIDEr-D of captions, at least 0; -1 where a caption is missing."""
+        values = (self.predictors(encoded, decoded) @ self.weight + self.bias).clamp(min=0)
+        return values.masked_fill(decoded.scores.cpu() == -torch.inf, -1.0)
 
     def state(self) -> dict:
-        """The fields, in half precision where they are large, for a checkpoint."""
-        return {k: v.half() if v.dim() > 1 else v for k, v in asdict(self).items()}
+        """The fields for a checkpoint: the large ones in half precision."""
+        half = {name: getattr(self, name).half() for name in ("basis", "images", "shares")}
+        integers = torch.int16 if self.words.max() < 2**15 else torch.int32
+        return asdict(self) | half | {"words": self.words.to(integers)}
 
     @classmethod
     def from_state(cls, state) -> "Confidence":
-        return cls(**{name: tensor.float() for name, tensor in state.items()})
+        return cls(**{name: x.float() if x.is_floating_point() else x for name, x in state.items()})
 
 
 @torch.no_grad()
-def calibrate(model, training_images, validation_images, **options) -> Confidence:
+def calibrate(model, training_images, validation_images, beam_size=5) -> Confidence:
     """A `Confidence` whose weights are fitted to the CIDEr-D of the validation images' captions.
 
     model: a `CaptionModel`. training_images, validation_images: `data_loader.ImageDataset`s.
-    options: those of `DecodingOptions`, with which the captions are generated.
+    All captions of the beam are used.
     """
 
     def encoded(images):
-        loader = DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch)
-        for batch in loader:
+        for batch in DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch):
             yield model.encode(batch.images, batch.features)
 
-    captions, predictors = [], []
+    encode, data = model.vocab.encode, validation_images.data
+    words = [[encode(text)[1:-1] for text in texts] for texts in training_images.data.captions]
+    ranks, predictors, found = [], [], []
     with eval_mode(model), model.autocast():
-        confidence = Confidence.of_images(torch.cat([*map(pooled, encoded(training_images))]))
+        features = torch.cat([*map(pooled, encoded(training_images))])
+        confidence = Confidence.of_images(features, words)
         for batch in encoded(validation_images):
-            decoded = generate(model.decoder, batch, **options)
+            decoded = generate(model.decoder, batch, beam_size=beam_size, n_best=beam_size)
             predictors.append(confidence.predictors(batch, decoded))
-            captions += [best for best, *_ in model.decode(decoded)]
-    _, scores = score_sources(captions, validation_images.data)
-    return confidence.fitted(torch.cat(predictors), scores)
+            found.append(decoded.scores.cpu() > -torch.inf)
+            ranks += model.decode(decoded)
+    captions = [[of[min(n, len(of) - 1)] for of in ranks] for n in range(beam_size)]
+    scores = torch.tensor([score_sources(of_rank, data)[1] for of_rank in captions]).T  # (M, N)
+    predictors, found = torch.cat(predictors), torch.cat(found)  # (M, N, 6), (M, N)
+    confidence = confidence.fitted(predictors[found], scores[found])
+    # The captions that are chosen are those whose score is overestimated: fit the scale to them.
+    values = predictors @ confidence.weight + confidence.bias
+    values = values.masked_fill(~found, -torch.inf)
+    best = values.argmax(1, keepdim=True)
+    x, y = values.gather(1, best).squeeze(1), scores.gather(1, best).squeeze(1)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    bias = y.mean() + slope * (confidence.bias - x.mean())
+    return replace(confidence, weight=slope * confidence.weight, bias=bias)
 
 
 def pooled(encoded):

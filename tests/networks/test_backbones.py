@@ -20,6 +20,7 @@ from torch import nn
 from captioning.base.checkpoints import load_safely
 from captioning.data.images import eval_transform
 from captioning.networks.backbones import build_backbone, input_settings, last_stage
+from captioning.networks.cnn import CNN
 from captioning.networks.fusion import fuse_batch_norm
 from model import EncoderCNN
 
@@ -316,3 +317,11 @@ def test_convert_efficientnet_lite():
         torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits, own(images), rtol=1e-4, atol=1e-4)
     assert logits.argmax(1).tolist() == [285, 967, 872]  # Egyptian cat, espresso, tripod
+
+
+@torch.no_grad()
+def test_a_deep_copy_computes_the_same():
+    """A copy of a feature map in eval mode does not use the statistics of its batch."""
+    cnn = CNN("mobilenet_v3_small", None, pooled=False, image_size=64)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(deepcopy(cnn)(images), cnn(images))

@@ -1,5 +1,7 @@
 """The confidence of captions."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from captioning.base.checkpoints import export, save
 from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.data.coco import CocoCaptions
 from captioning.decoding.decoded import Decoded
-from captioning.scoring.confidence import NEAREST, Confidence, calibrate
+from captioning.scoring.confidence import Confidence, calibrate
 from captioning.scoring.evaluation import score_sources
 from data_loader import ImageDataset
 from model import CaptionModel
@@ -25,56 +27,86 @@ def images(shared_dataset):
 
 @pytest.fixture(scope="module")
 def model(images):
-    """A model whose captions differ, calibrated on images that it is asked about again."""
-    model = tiny_model(WORDS, inject="attend").eval()
+    """A model whose captions differ, calibrated on images of which it describes half better."""
+    model = tiny_model(WORDS, inject="attend", precision="float32").eval()
     torch.manual_seed(3)
     for weight in model.decoder.parameters():
         torch.nn.init.normal_(weight, std=0.5)
-    model.confidence = calibrate(model, images, images, beam_size=2)
+    known = copy.copy(images)
+    known.data = copy.copy(images.data)
+    captions = model.caption(images.data.paths, beam_size=2)
+    known.data.captions = [[text, "a dog"][: 1 + row % 2] for row, text in enumerate(captions)]
+    model.confidence = calibrate(model, known, known, beam_size=2)
+    model.known = known.data
     return model
 
 
+FEATURES = torch.randn(40, 3, 10, generator=torch.Generator().manual_seed(0))  # (N, P, C)
+CAPTIONS = [[[4, 5], [4, 6, 6]] if row % 2 else [[4, 7]] for row in range(40)]  # of the images
+
+
 def test_predictors():
-    """Sum, mean and minimum of the log-probabilities, and the mean similarity of the nearest."""
-    torch.manual_seed(0)
-    features = torch.randn(40, 3, 10)  # (N, P, C)
-    confidence = Confidence.of_images(features)
-    log_probs = torch.tensor([[[-1.0, -2.0, -0.5]], [[-3.0, 0.0, 0.0]]])
-    decoded = Decoded(log_probs.new_ones(2, 1, 3).long(), log_probs, None, None, None)
-    found = confidence.predictors(features[:2], decoded)
-    expected = [[-3.5, -3.5 / 3, -2.0], [-3.0, -3.0, -3.0]]
-    np.testing.assert_allclose(found[:, :3], expected, rtol=1e-6)
-    x = features.mean(1).numpy().astype(np.float64)
+    """Statistics of the log-probabilities, familiarity, and the words of similar images."""
+    confidence = Confidence.of_images(FEATURES, CAPTIONS)
+    tokens = torch.tensor([[[4, 6, 2], [7, 2, 0]], [[4, 4, 6], [5, 2, 0]]])  # 2 is <end>
+    log_probs = -torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)) - 0.1
+    log_probs[tokens == 0] = 0.0
+    decoded = Decoded(tokens, log_probs, None, None, None)
+    found = confidence.predictors(FEATURES[:2], decoded)
+
+    x = FEATURES.mean(1).numpy().astype(np.float64)
     z = (x - x.mean(0)) / (x.std(0, ddof=1) + 1e-3)  # with all components, only rotated
     unit = z / np.linalg.norm(z, axis=1, keepdims=True)
-    nearest = np.sort(unit[:2] @ unit.T, 1)[:, -NEAREST:]
-    np.testing.assert_allclose(found[:, 3], nearest.mean(1), rtol=1e-3)
+    similarity = unit[:2] @ unit.T
+    shares = np.array(
+        [[0, 0, 0, 0, 1, *(([0.5, 0.5, 0], [0, 0, 1])[row % 2 == 0])] for row in range(40)]
+    )
+    idf = -np.log(shares.mean(0) + 1e-4)
+    for image in range(2):
+        nearest = np.argsort(similarity[image])[-20:]
+        weights = np.exp(10 * similarity[image, nearest])
+        support = weights @ shares[nearest] / weights.sum()
+        familiar = np.sort(similarity[image])[-5:].mean()
+        for n in range(2):
+            real = log_probs[image, n][tokens[image, n] != 0].numpy()
+            words = sorted({int(word) for word in tokens[image, n] if word > 3})
+            agreement = idf[words] ** 2 @ support[words] / (idf[words] ** 2).sum()
+            expected = [real.sum(), real.mean(), real.min(), familiar, agreement]
+            expected.append(idf[words] @ support[words])
+            np.testing.assert_allclose(found[image, n], expected, rtol=2e-3, atol=1e-5)
 
 
 def test_fitted():
     """A linear score of many captions is found again, whatever the scales of the predictors."""
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(5000, 4, generator=rng) * torch.tensor([1.0, 10.0, 0.1, 1.0]) + 3
-    scores = x @ torch.tensor([0.2, 0.01, 1.0, 0.0]) + 2
-    confidence = Confidence.of_images(torch.randn(9, 5)).fitted(x, scores)
-    np.testing.assert_allclose(x @ confidence.weight + confidence.bias, scores, atol=0.05)
+    x = torch.randn(5000, 6, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([1.0, 10.0, 0.1, 1.0, 1.0, 1.0]) + 3
+    scores = x @ torch.tensor([0.2, 0.01, 1.0, 0.0, 0.5, 0.1]) + 2
+    confidence = Confidence.of_images(FEATURES, CAPTIONS).fitted(x, scores)
+    np.testing.assert_allclose(x @ confidence.weight + confidence.bias, scores, atol=0.1)
 
 
-@torch.no_grad()
-def test_calibrated_on_the_scores_of_the_captions(model, images):
-    """Before it is limited to 0, the mean confidence is the mean CIDEr-D of the images."""
-    encoded = model.encode(model.preprocess(images.data.paths))
-    decoded = model.generate(model.preprocess(images.data.paths), beam_size=2)
-    captions = [best for best, *_ in model.decode(decoded)]
-    _, scores = score_sources(captions, images.data)
-    values = model.confidence.predictors(encoded, decoded) @ model.confidence.weight
-    assert float((values + model.confidence.bias).mean()) == pytest.approx(
-        np.mean(scores), abs=1e-3
-    )
-    assert len(set(captions)) > 1 and values.std() > 0
-    _, found = model.caption(images.data.paths, beam_size=2, return_confidence=True)
-    limited = (values + model.confidence.bias).clamp(min=0)
-    np.testing.assert_allclose(found, limited, atol=1e-3)
+def test_calibrated_on_the_scores_of_the_captions(model):
+    """Where no value is limited to 0, the mean confidence is the mean CIDEr-D of the captions."""
+    paths = model.known.paths
+    captions, confidence = model.caption(paths, beam_size=2, return_confidence=True)
+    _, scores = score_sources(captions, model.known)
+    assert len(set(captions)) > 1 and np.std(scores) > 0.1 and min(confidence) > 0
+    assert np.mean(confidence) == pytest.approx(np.mean(scores), abs=0.01)
+
+
+def test_the_caption_of_the_beam_with_the_highest_confidence_is_first(model):
+    """The captions of a beam are ranked by their confidence; none is lost."""
+    plain, batch = copy.deepcopy(model), model.preprocess(model.known.paths)
+    plain.confidence = None
+    ranked = model.generate(batch, beam_size=4, n_best=4)
+    beam = plain.generate(batch, beam_size=4, n_best=4)
+    found = model.confidence(plain.encode(batch).detach(), beam).sort(1, descending=True).values
+    np.testing.assert_allclose(ranked.confidence, found, atol=1e-4)
+    for one, other in zip(model.decode(ranked), plain.decode(beam), strict=True):
+        assert sorted(one) == sorted(other)
+    assert model.decode(ranked) != plain.decode(beam)
+    best = [best for best, *_ in model.decode(ranked)]
+    assert model.caption(model.known.paths, beam_size=4) == best
 
 
 def test_a_checkpoint_keeps_it(model, images, tmp_path):
