@@ -137,6 +137,8 @@ def build_model(config, train_data) -> CaptionModel:
     model = CaptionModel(vocab, config.model_config(), weights=None)
     model.load_state_dict(with_new_words(source.state_dict(), len(new)))
     model.card = source.card
+    if config.fine_tune == "none":  # otherwise the features change, in which it compares images
+        model.confidence = source.confidence
     return model
 
 
