@@ -34,17 +34,17 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
     is_open = isinstance(source, Image.Image)
     name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} argument"
     try:
-        if not is_open and os.path.exists(source) and not os.path.isfile(source):
+        if is_open:
+            return _upright_rgb(source)
+        if os.path.exists(source) and not os.path.isfile(source):
             raise ValueError("not a regular file")  # reading a pipe could wait for ever
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if is_open else Image.open(source)
-        if min_size and not is_open:
-            image.draft("RGB", (min_size, min_size))
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
-        return _to_rgb(image)
+        with open(source, "rb") as file:  # Pillow does not close the file of a damaged image
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file)
+            if min_size:
+                image.draft("RGB", (min_size, min_size))
+            return _upright_rgb(image)
     except FileNotFoundError:
         raise BadImageError(f"{name}: there is no such file; check the path") from None
     except UnidentifiedImageError:
@@ -54,7 +54,10 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
         raise BadImageError(f"{name}: {error or type(error).__name__}") from None
 
 
-def _to_rgb(image) -> Image.Image:
+def _upright_rgb(image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
     if image.mode.startswith(("I", "F")):  # 16 bits or more: convert() would saturate
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

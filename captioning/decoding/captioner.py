@@ -92,13 +92,15 @@ class Captioner:
     def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
         """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`.
 
-        With a confidence, the captions of a beam are ranked by it, and not by their scores.
+        With a confidence, it supports words that similar training images have in their captions,
+        and the captions of a beam are ranked by it, not by their scores.
         """
         wanted = DecodingOptions(**options)
         beam = {"n_best": wanted.beam_size} if self.confidence and wanted.beam_size else {}
+        decoder = self.confidence.supported(self.decoder) if self.confidence else self.decoder
         with eval_mode(self), self.autocast():
             encoded = self.encode(images, features)
-            decoded = generate(self.decoder, encoded, generator, **options | beam)
+            decoded = generate(decoder, encoded, generator, **options | beam)
         if self.confidence is None:
             return decoded
         confidence = self.confidence(encoded, decoded).to(decoded.scores.device)

@@ -4,9 +4,9 @@ model.confidence = calibrate(model, training_images, validation_images, beam_siz
 model.confidence(encoded, decoded)              # (B, N), of N captions for each of B images
 
 A caption is probably good if its words are probable, if the image resembles training images, and if
-the captions of these contain its words. The last is the strongest sign: a model that calls a pizza
-a dog has seen that pizzas are not called dogs. `CaptionModel.generate` therefore also ranks the
-captions of a beam by their confidence.
+the captions of these contain its words. The last is the strongest sign, and it helps to write
+captions too: `CaptionModel.generate` makes such words more probable, in the manner of kNN language
+models (Khandelwal et al., 2020, arXiv:1911.00172), and ranks the captions of a beam by confidence.
 """
 
 from collections import Counter
@@ -24,6 +24,8 @@ from captioning.scoring.evaluation import score_sources
 BATCH_SIZE = 64
 COMPONENTS = 96  # of the features, in which images are compared
 NEAREST, SHARPNESS = 20, 10.0  # similar training images; weight: exp(SHARPNESS * cosine)
+PRIOR = 0.3  # weight of log(share of similar images' captions / share of all captions)
+SMOOTHING, MAX_PRIOR = 0.01, 3.0  # added to both shares; limit of the logarithm
 FAMILIAR = 5  # training images, whose similarities are averaged
 RIDGE = 100.0  # in units of the predictors' variance over all captions
 
@@ -93,8 +95,7 @@ class Confidence:
         """
         log_probs = decoded.log_probs.float().cpu()  # (B, N, L), 0 for <pad>
         total, lengths = log_probs.sum(2), log_probs.ne(0).sum(2).clamp(min=1)
-        components = (pooled(encoded) - self.center) @ self.basis
-        similarity = F.normalize(components, dim=1) @ self.images.T  # (B, N images)
+        similarity = self.similarity(encoded)  # (B, training images)
         familiar = similarity.topk(min(FAMILIAR, len(self.images))).values.mean(1, keepdim=True)
         support, idf = self.support(similarity, 1 + int(decoded.tokens.max()))  # (B, V), (V,)
         support = support.unsqueeze(1)
@@ -106,6 +107,21 @@ class Confidence:
         familiar = familiar.expand_as(total)
         means = total / lengths, log_probs.amin(2), familiar, agreement
         return torch.stack([total, *means, supported], 2)
+
+    def supported(self, decoder) -> "SupportedDecoder":
+        return SupportedDecoder(decoder, self)
+
+    def similarity(self, encoded):
+        """(B, N) the cosines between images and the training images."""
+        components = (pooled(encoded) - self.center) @ self.basis
+        return F.normalize(components, dim=1) @ self.images.T
+
+    def prior(self, encoded, vocab_size):
+        """(B, vocab_size) what is added to the logits of the words."""
+        support, idf = self.support(self.similarity(encoded), vocab_size)
+        ratio = ((support + SMOOTHING) / ((-idf).exp() + SMOOTHING)).log()
+        ratio[:, : len(SPECIAL_TOKENS)] = 0.0
+        return PRIOR * ratio.clamp(-MAX_PRIOR, MAX_PRIOR)
 
     def support(self, similarity, vocab_size=0):
         """The share of the captions of similar training images that have a word, (B, V), and the
@@ -135,6 +151,27 @@ class Confidence:
         return cls(**{name: x.float() if x.is_floating_point() else x for name, x in state.items()})
 
 
+class SupportedDecoder:
+    """A decoder that adds the prior of a `Confidence` to its logits, for decoding.
+
+    Its memory is a tuple, that of the decoder and the prior (B, vocab_size).
+    """
+
+    def __init__(self, decoder, confidence):
+        self.decoder, self.confidence = decoder, confidence
+
+    def memory(self, features):
+        prior = self.confidence.prior(features, self.decoder.linear.out_features)
+        return self.decoder.memory(features), prior.to(features.device)
+
+    def init_state(self, memory):
+        return self.decoder.init_state(memory[0])
+
+    def step(self, tokens, state, memory):
+        logits, state, attention = self.decoder.step(tokens, state, memory[0])
+        return logits.float() + memory[1], state, attention
+
+
 @torch.no_grad()
 def calibrate(model, training_images, validation_images, beam_size=5) -> Confidence:
     """A `Confidence` whose weights are fitted to the CIDEr-D of the validation images' captions.
@@ -154,7 +191,8 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
         features = torch.cat([*map(pooled, encoded(training_images))])
         confidence = Confidence.of_images(features, words)
         for batch in encoded(validation_images):
-            decoded = generate(model.decoder, batch, beam_size=beam_size, n_best=beam_size)
+            decoder = confidence.supported(model.decoder)
+            decoded = generate(decoder, batch, beam_size=beam_size, n_best=beam_size)
             predictors.append(confidence.predictors(batch, decoded))
             found.append(decoded.scores.cpu() > -torch.inf)
             ranks += model.decode(decoded)

@@ -11,7 +11,8 @@ from captioning.base.checkpoints import export, save
 from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.data.coco import CocoCaptions
 from captioning.decoding.decoded import Decoded
-from captioning.scoring.confidence import Confidence, calibrate
+from captioning.decoding.generate import generate
+from captioning.scoring.confidence import MAX_PRIOR, PRIOR, SMOOTHING, Confidence, calibrate
 from captioning.scoring.evaluation import score_sources
 from data_loader import ImageDataset
 from model import CaptionModel
@@ -94,19 +95,46 @@ def test_calibrated_on_the_scores_of_the_captions(model):
     assert np.mean(confidence) == pytest.approx(np.mean(scores), abs=0.01)
 
 
+@torch.no_grad()
 def test_the_caption_of_the_beam_with_the_highest_confidence_is_first(model):
     """The captions of a beam are ranked by their confidence; none is lost."""
-    plain, batch = copy.deepcopy(model), model.preprocess(model.known.paths)
-    plain.confidence = None
+    batch, confidence = model.preprocess(model.known.paths), model.confidence
     ranked = model.generate(batch, beam_size=4, n_best=4)
-    beam = plain.generate(batch, beam_size=4, n_best=4)
-    found = model.confidence(plain.encode(batch).detach(), beam).sort(1, descending=True).values
+    encoded = model.encode(batch)
+    beam = generate(confidence.supported(model.decoder), encoded, beam_size=4, n_best=4)
+    found = confidence(encoded, beam).sort(1, descending=True).values
     np.testing.assert_allclose(ranked.confidence, found, atol=1e-4)
-    for one, other in zip(model.decode(ranked), plain.decode(beam), strict=True):
+    for one, other in zip(model.decode(ranked), model.decode(beam), strict=True):
         assert sorted(one) == sorted(other)
-    assert model.decode(ranked) != plain.decode(beam)
+    assert model.decode(ranked) != model.decode(beam)
     best = [best for best, *_ in model.decode(ranked)]
     assert model.caption(model.known.paths, beam_size=4) == best
+
+
+@torch.no_grad()
+def test_prior():
+    """A word gains the weighted logarithm of its share among similar images over its share in all;
+    special tokens gain nothing.
+    """
+    confidence = Confidence.of_images(FEATURES, CAPTIONS)
+    gain = confidence.prior(FEATURES[:2], 9)
+    support, _ = confidence.support(confidence.similarity(FEATURES[:2]), 9)
+    share = np.array([0, 0, 0, 0, 1, 0.25, 0.25, 0.5, 0])  # of the captions of an image, on average
+    expected = np.log((support.numpy() + SMOOTHING) / (share + SMOOTHING))
+    expected = PRIOR * np.clip(expected, -MAX_PRIOR, MAX_PRIOR)
+    np.testing.assert_allclose(gain[:, 4:], expected[:, 4:], atol=5e-3)
+    assert gain.shape == (2, 9) and not gain[:, :4].any() and gain[:, 5:8].abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_supported_decoder(model):
+    """At each step the prior is added to the logits of the decoder, also in a beam search."""
+    encoded = model.encode(model.preprocess(model.known.paths[:2]))
+    decoder, tokens = model.confidence.supported(model.decoder), torch.tensor([1, 1])
+    memory, own = decoder.memory(encoded), model.decoder.memory(encoded)
+    logits, _, _ = decoder.step(tokens, decoder.init_state(memory), memory)
+    plain, _, _ = model.decoder.step(tokens, model.decoder.init_state(own), own)
+    torch.testing.assert_close(logits, plain + model.confidence.prior(encoded, len(WORDS)))
 
 
 def test_a_checkpoint_keeps_it(model, images, tmp_path):
