@@ -3,10 +3,11 @@
 model.confidence = calibrate(model, training_images, validation_images, beam_size=5)
 model.confidence(encoded, decoded)              # (B, N), of N captions for each of B images
 
-A caption is probably good if its words are probable, if the image resembles training images, and if
-the captions of these contain its words. The last is the strongest sign, and it helps to write
-captions too: `CaptionModel.generate` makes such words more probable, in the manner of kNN language
-models (Khandelwal et al., 2020, arXiv:1911.00172), and ranks the captions of a beam by confidence.
+A caption is probably good if its words are probable, if the captions of similar training images
+contain them, and if it does not repeat them. The second is the strongest sign, and it helps to
+write captions too: `CaptionModel.generate` makes such words more probable, in the manner of kNN
+language models (Khandelwal et al., 2020, arXiv:1911.00172), and ranks the captions of a beam by
+their confidence.
 """
 
 from collections import Counter
@@ -26,7 +27,6 @@ COMPONENTS = 96  # of the features, in which images are compared
 NEAREST, SHARPNESS = 20, 10.0  # similar training images; weight: exp(SHARPNESS * cosine)
 PRIOR = 0.3  # weight of log(share of similar images' captions / share of all captions)
 SMOOTHING, MAX_PRIOR = 0.01, 3.0  # added to both shares; limit of the logarithm
-FAMILIAR = 5  # training images, whose similarities are averaged
 RIDGE = 100.0  # in units of the predictors' variance over all captions
 
 
@@ -90,23 +90,22 @@ class Confidence:
         return replace(self, weight=weight.float(), bias=bias.float())
 
     def predictors(self, encoded, decoded):
-        """(B, N, 6): sum, mean and minimum of a caption's log-probabilities; how familiar the image
-        is; and how far the captions of similar images have its words, as a mean and as a sum.
+        """(B, N, 6): sum, mean and minimum of a caption's log-probabilities; how far the captions
+        of similar images have its words, as a mean and as a sum; and how far it repeats words.
         """
-        log_probs = decoded.log_probs.float().cpu()  # (B, N, L), 0 for <pad>
+        log_probs, tokens = decoded.log_probs.float().cpu(), decoded.tokens.cpu()  # (B, N, L)
         total, lengths = log_probs.sum(2), log_probs.ne(0).sum(2).clamp(min=1)
-        similarity = self.similarity(encoded)  # (B, training images)
-        familiar = similarity.topk(min(FAMILIAR, len(self.images))).values.mean(1, keepdim=True)
-        support, idf = self.support(similarity, 1 + int(decoded.tokens.max()))  # (B, V), (V,)
-        support = support.unsqueeze(1)
-        present = torch.zeros(*total.shape, len(idf)).scatter_(2, decoded.tokens.cpu(), 1.0)
-        present[:, :, : len(SPECIAL_TOKENS)] = 0.0  # (B, N, V)
+        support, idf = self.support(self.similarity(encoded), 1 + int(tokens.max()))
+        counts = torch.zeros(*total.shape, len(idf))  # (B, N, V)
+        counts.scatter_add_(2, tokens, torch.ones(tokens.shape))
+        counts[:, :, : len(SPECIAL_TOKENS)] = 0.0
+        present, support = counts.clamp(max=1), support.unsqueeze(1)
         squared = present * idf**2
         agreement = (squared * support).sum(2) / squared.sum(2).clamp(min=1e-6)
         supported = (present * idf * support).sum(2)
-        familiar = familiar.expand_as(total)
-        means = total / lengths, log_probs.amin(2), familiar, agreement
-        return torch.stack([total, *means, supported], 2)
+        repeated = ((counts - present) * idf).sum(2)
+        statistics = total, total / lengths, log_probs.amin(2)
+        return torch.stack([*statistics, agreement, supported, repeated], 2)
 
     def supported(self, decoder) -> "SupportedDecoder":
         return SupportedDecoder(decoder, self)

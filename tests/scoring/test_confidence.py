@@ -47,9 +47,9 @@ CAPTIONS = [[[4, 5], [4, 6, 6]] if row % 2 else [[4, 7]] for row in range(40)]  
 
 
 def test_predictors():
-    """Statistics of the log-probabilities, familiarity, and the words of similar images."""
+    """Statistics of the log-probabilities, the words of similar images, and repeated words."""
     confidence = Confidence.of_images(FEATURES, CAPTIONS)
-    tokens = torch.tensor([[[4, 6, 2], [7, 2, 0]], [[4, 4, 6], [5, 2, 0]]])  # 2 is <end>
+    tokens = torch.tensor([[[4, 6, 2], [7, 2, 0]], [[6, 6, 6], [5, 2, 0]]])  # 2 is <end>
     log_probs = -torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(1)) - 0.1
     log_probs[tokens == 0] = 0.0
     decoded = Decoded(tokens, log_probs, None, None, None)
@@ -67,13 +67,14 @@ def test_predictors():
         nearest = np.argsort(similarity[image])[-20:]
         weights = np.exp(10 * similarity[image, nearest])
         support = weights @ shares[nearest] / weights.sum()
-        familiar = np.sort(similarity[image])[-5:].mean()
         for n in range(2):
             real = log_probs[image, n][tokens[image, n] != 0].numpy()
             words = sorted({int(word) for word in tokens[image, n] if word > 3})
             agreement = idf[words] ** 2 @ support[words] / (idf[words] ** 2).sum()
-            expected = [real.sum(), real.mean(), real.min(), familiar, agreement]
+            expected = [real.sum(), real.mean(), real.min(), agreement]
             expected.append(idf[words] @ support[words])
+            ids = tokens[image, n].tolist()
+            expected.append(sum((ids.count(word) - 1) * idf[word] for word in words))
             np.testing.assert_allclose(found[image, n], expected, rtol=2e-3, atol=1e-5)
 
 
@@ -87,12 +88,12 @@ def test_fitted():
 
 
 def test_calibrated_on_the_scores_of_the_captions(model):
-    """Where no value is limited to 0, the mean confidence is the mean CIDEr-D of the captions."""
+    """The mean confidence is about the mean CIDEr-D of the captions, and rises with it."""
     paths = model.known.paths
     captions, confidence = model.caption(paths, beam_size=2, return_confidence=True)
     _, scores = score_sources(captions, model.known)
-    assert len(set(captions)) > 1 and np.std(scores) > 0.1 and min(confidence) > 0
-    assert np.mean(confidence) == pytest.approx(np.mean(scores), abs=0.01)
+    assert len(set(captions)) > 1 and np.corrcoef(confidence, scores)[0, 1] > 0.5
+    assert np.mean(confidence) == pytest.approx(np.mean(scores), rel=0.1)
 
 
 @torch.no_grad()
