@@ -90,6 +90,11 @@ class CaptionDataset(ImageDataset):
         end = self.ends[index]
         return torch.from_numpy(self.ids[end - self.lengths[index] : end].astype(np.int64))
 
+    def captions_by_image(self):
+        """For each image a list of its captions, each a list of word indices."""
+        ids = iter(self.caption(index).tolist() for index in range(len(self)))
+        return [[next(ids) for _ in captions] for captions in self.data.captions]
+
     def __getitem__(self, index):
         image, _, features = super().__getitem__(self.image_rows[index])
         return Example(image, self.caption(index), features)

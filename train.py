@@ -17,6 +17,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from captioning.base.commands import exit_status
@@ -26,6 +27,7 @@ from captioning.base.files import write_text
 from captioning.base.options import names_with
 from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
+from captioning.data.features import Views
 from captioning.data.images import train_transform
 from captioning.learning.card import training_card
 from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
@@ -91,6 +93,7 @@ def assemble_run(config, device) -> Run:
     torch.manual_seed(config.seed)
     model = build_model(config, train_data).to(device)
     train_set, val_set = build_datasets(config, model, train_data, val_data)
+    extend_confidence(model, train_set)
     source = model.card if config.init_from else None
     model.card = training_card(config, train_set.data, val_set.data, source)
     run = Run(
@@ -173,6 +176,15 @@ def build_datasets(config, model, train_data, val_data):
     ]
 
 
+@torch.no_grad()
+def extend_confidence(model, train_set):
+    """Add the training images to those whose captions support words, if there are such images."""
+    if model.confidence and train_set.features is not None:
+        whole = Views(train_set.features.arrays[:1], kept=train_set.features.kept)
+        encoded = model.eval().encode(features=whole[np.arange(len(whole))])
+        model.confidence = model.confidence.extended(encoded, train_set.captions_by_image())
+
+
 def build_loaders(config, train_set, val_set):
     rank, world_size = rank_and_world_size()
     options = {"rank": rank, "world_size": world_size}
@@ -191,9 +203,8 @@ def build_loaders(config, train_set, val_set):
 def build_loss(config, model, train_set):
     if config.loss == "cross-entropy":
         return TeacherForcing(model, config.label_smoothing)
-    ids = map(train_set.caption, range(len(train_set)))
-    references = [[next(ids).tolist() for _ in captions] for captions in train_set.data.captions]
-    return SelfCritical(model, CiderD(references), config.samples, config.xe_weight)
+    reward = CiderD(train_set.captions_by_image())
+    return SelfCritical(model, reward, config.samples, config.xe_weight)
 
 
 def warn_about_few_updates(run: Run):

@@ -126,7 +126,7 @@ SCENES = {
 
 # A trained model continues on other images, of which there may be few.
 CONTINUE = {
-    "learning_rate": 2e-4,
+    "learning_rate": 5e-5,
     "dropout": 0.5,
     "feature_dropout": 0.5,
     "label_smoothing": 0.1,

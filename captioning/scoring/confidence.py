@@ -22,6 +22,7 @@ from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.decoding.generate import generate
 from captioning.scoring.evaluation import score_sources
 
+SPECIAL = set(range(len(SPECIAL_TOKENS)))
 BATCH_SIZE = 64
 COMPONENTS = 96  # of the features, in which images are compared
 NEAREST, SHARPNESS = 20, 10.0  # similar training images; weight: exp(SHARPNESS * cosine)
@@ -58,23 +59,28 @@ class Confidence:
         scaled = (features - center) / scale
         _, components = torch.linalg.eigh(scaled.T @ scaled)  # ascending
         basis = components[:, -COMPONENTS:] / scale.unsqueeze(1)
-        images = F.normalize((features - center) @ basis, dim=1)
-        of_images = [Counter(word for text in texts for word in set(text)) for texts in captions]
-        counts = torch.tensor([len(of_image) for of_image in of_images])
-        words = torch.tensor([word for of_image in of_images for word in of_image])
-        shares = torch.tensor(
-            [
-                count / len(texts)
-                for texts, of_image in zip(captions, of_images, strict=True)
-                for count in of_image.values()
-            ]
-        )
-        return cls(center, basis, images, counts, words, shares, torch.zeros(6), torch.zeros(()))
+        integers = torch.zeros(0, dtype=torch.long)
+        none = torch.zeros(0, basis.size(1)), integers, integers, torch.zeros(0)
+        found = cls(center, basis, *none, torch.zeros(6), torch.zeros(()))
+        return found.extended(features, captions)
+
+    def extended(self, encoded, captions) -> "Confidence":
+        """With further training images. encoded, captions: as in `of_images`."""
+        words, counts, shares = [], [], []
+        for texts in captions:
+            of_image = Counter(word for text in texts for word in set(text) - SPECIAL)
+            counts.append(len(of_image))
+            words += of_image
+            shares += [count / len(texts) for count in of_image.values()]
+        new = {"images": self.project(encoded), "counts": torch.tensor(counts)}
+        new |= {"words": torch.tensor(words), "shares": torch.tensor(shares)}
+        joined = {name: torch.cat([getattr(self, name), x]) for name, x in new.items()}
+        return replace(self, **joined)
 
     def __post_init__(self):
         rows = torch.arange(len(self.images)).repeat_interleave(self.counts.long())
         entries = torch.stack([self.words.long(), rows])
-        size = int(self.words.max()) + 1, len(self.images)
+        size = 1 + int(self.words.max()) if len(self.words) else 1, len(self.images)
         self.word_shares = torch.sparse_coo_tensor(  # (V, N)
             entries, self.shares.float(), size, check_invariants=True
         )
@@ -112,8 +118,11 @@ class Confidence:
 
     def similarity(self, encoded):
         """(B, N) the cosines between images and the training images."""
-        components = (pooled(encoded) - self.center) @ self.basis
-        return F.normalize(components, dim=1) @ self.images.T
+        return self.project(encoded) @ self.images.T
+
+    def project(self, encoded):
+        """(B, D) the principal components of the features, as unit vectors."""
+        return F.normalize((pooled(encoded) - self.center) @ self.basis, dim=1)
 
     def prior(self, encoded, vocab_size):
         """(B, vocab_size) what is added to the logits of the words."""
@@ -184,7 +193,7 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
             yield model.encode(batch.images, batch.features)
 
     encode, data = model.vocab.encode, validation_images.data
-    words = [[encode(text)[1:-1] for text in texts] for texts in training_images.data.captions]
+    words = [[encode(text) for text in texts] for texts in training_images.data.captions]
     ranks, predictors, found = [], [], []
     with eval_mode(model), model.autocast():
         features = torch.cat([*map(pooled, encoded(training_images))])
