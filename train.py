@@ -17,7 +17,6 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from captioning.base.commands import exit_status
@@ -39,6 +38,7 @@ from captioning.learning.reward import CiderD
 from captioning.learning.run import Run
 from captioning.learning.sources import prepare_images
 from captioning.networks.backbones import input_settings
+from captioning.scoring.confidence import encode_images, pooled
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from model import CaptionModel, ModelConfig
@@ -164,25 +164,23 @@ def with_new_words(state: dict, count: int) -> dict:
 
 
 def build_datasets(config, model, train_data, val_data):
-    """The training and validation captions with the features of their images, or with the images
-    themselves if a part of the CNN is trained.
-    """
-    settings = input_settings(config.backbone, config.image_size)
-    transforms = train_transform(**settings), model.transform
+    """Training and validation captions with features, or with images if the CNN is trained."""
     prepared = prepare_images(config, model, train_data, val_data)
+    crop = train_transform(**input_settings(config.backbone, config.image_size))
     return [
         CaptionDataset(data, model.vocab, transform, features)
-        for transform, (data, features) in zip(transforms, prepared, strict=True)
+        for transform, (data, features) in zip((crop, model.transform), prepared, strict=True)
     ]
 
 
 @torch.no_grad()
 def extend_confidence(model, train_set):
     """Add the training images to those whose captions support words, if there are such images."""
-    if model.confidence and train_set.features is not None:
+    if model.confidence:
         whole = Views(train_set.features.arrays[:1], kept=train_set.features.kept)
-        encoded = model.eval().encode(features=whole[np.arange(len(whole))])
-        model.confidence = model.confidence.extended(encoded, train_set.captions_by_image())
+        encoded = encode_images(model.eval(), ImageDataset(train_set.data, features=whole))
+        captions, encoded = train_set.captions_by_image(), torch.cat([*map(pooled, encoded)])
+        model.confidence = model.confidence.extended(encoded, captions)
 
 
 def build_loaders(config, train_set, val_set):

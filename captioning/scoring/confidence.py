@@ -187,18 +187,13 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
     model: a `CaptionModel`. training_images, validation_images: `data_loader.ImageDataset`s.
     All captions of the beam are used.
     """
-
-    def encoded(images):
-        for batch in DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch):
-            yield model.encode(batch.images, batch.features)
-
     encode, data = model.vocab.encode, validation_images.data
     words = [[encode(text) for text in texts] for texts in training_images.data.captions]
     ranks, predictors, found = [], [], []
     with eval_mode(model), model.autocast():
-        features = torch.cat([*map(pooled, encoded(training_images))])
+        features = torch.cat([*map(pooled, encode_images(model, training_images))])
         confidence = Confidence.of_images(features, words)
-        for batch in encoded(validation_images):
+        for batch in encode_images(model, validation_images):
             decoder = confidence.supported(model.decoder)
             decoded = generate(decoder, batch, beam_size=beam_size, n_best=beam_size)
             predictors.append(confidence.predictors(batch, decoded))
@@ -216,6 +211,12 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     bias = y.mean() + slope * (confidence.bias - x.mean())
     return replace(confidence, weight=slope * confidence.weight, bias=bias)
+
+
+def encode_images(model, images):
+    """Yields what `model.encode` returns for the batches of an `ImageDataset`."""
+    for batch in DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch):
+        yield model.encode(batch.images, batch.features)
 
 
 def pooled(encoded):
