@@ -21,7 +21,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,12 +52,16 @@ def execute(notebook, name):
 
 
 def compress(figure):
-    """The smaller of a JPEG (photographs) and a PNG with 32 colours (diagrams), with its type."""
+    """The type and content: PNG with 32 colours, or JPEG where these change the picture (photos)."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
     reduced = image.quantize(32, dither=Image.Dither.NONE)
-    image.save(jpeg := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=60)
-    reduced.save(png := io.BytesIO(), "PNG", optimize=True)
-    kind, file = min(("image/jpeg", jpeg), ("image/png", png), key=lambda pair: pair[1].tell())
+    change = ImageStat.Stat(ImageChops.difference(image, reduced.convert("RGB"))).mean  # of 255
+    file, is_photo = io.BytesIO(), sum(change) / 3 > 2
+    if is_photo:
+        image.save(file, "JPEG", optimize=True, progressive=True, quality=60)
+    else:
+        reduced.save(file, "PNG", optimize=True)
+    kind = "image/jpeg" if is_photo else "image/png"
     return kind, base64.b64encode(file.getvalue()).decode()
 
 
