@@ -52,7 +52,7 @@ def execute(notebook, name):
 
 
 def compress(figure):
-    """The type and content: PNG with 32 colours, or JPEG where these change the picture (photos)."""
+    """The type and content: PNG with 32 colours, or JPEG where they change the picture."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
     reduced = image.quantize(32, dither=Image.Dither.NONE)
     change = ImageStat.Stat(ImageChops.difference(image, reduced.convert("RGB"))).mean  # of 255
