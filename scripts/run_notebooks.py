@@ -56,7 +56,7 @@ def compress(figure):
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
     reduced = image.quantize(32, dither=Image.Dither.NONE)
     change = ImageStat.Stat(ImageChops.difference(image, reduced.convert("RGB"))).mean  # of 255
-    file, is_photo = io.BytesIO(), sum(change) / 3 > 2
+    file, is_photo = io.BytesIO(), sum(change) / 3 > 1
     if is_photo:
         image.save(file, "JPEG", optimize=True, progressive=True, quality=60)
     else:
