@@ -84,8 +84,6 @@ class Confidence:
         self.word_shares = torch.sparse_coo_tensor(  # (V, N)
             entries, self.shares.float(), size, check_invariants=True
         )
-        count = max(len(self.images), 1)
-        self.frequency = torch.sparse.sum(self.word_shares, 1).to_dense() / count  # (V,)
 
     def fitted(self, predictors, scores) -> "Confidence":
         """With the weights of a ridge regression of scores (M,) on predictors (M, 6)."""
@@ -137,11 +135,13 @@ class Confidence:
         """The share of the captions of similar training images that have a word, (B, V), and the
         words' inverse document frequencies (V,). V is at least `vocab_size`.
         """
-        nearest, index = similarity.topk(min(NEAREST, len(self.images)))
+        count = len(self.images)
+        nearest, index = similarity.topk(min(NEAREST, count))
         weights = torch.zeros_like(similarity).scatter(1, index, (SHARPNESS * nearest).softmax(1))
-        unseen = 0, max(vocab_size - len(self.frequency), 0)  # words that no training caption has
+        frequency = torch.sparse.mm(self.word_shares, torch.full((count, 1), 1 / count)).squeeze(1)
+        unseen = 0, max(vocab_size - len(frequency), 0)  # words that no training caption has
         support = torch.sparse.mm(self.word_shares, weights.T).T
-        return F.pad(support, unseen), -(F.pad(self.frequency, unseen) + 1e-4).log()
+        return F.pad(support, unseen), -(F.pad(frequency, unseen) + 1e-4).log()
 
     def __call__(self, encoded, decoded):
         """(B, N) the expected CIDEr-D of captions, at least 0; -1 where a caption is missing."""
