@@ -169,7 +169,9 @@ class SupportedDecoder:
         self.decoder, self.confidence = decoder, confidence
 
     def memory(self, features):
-        prior = self.confidence.prior(features, self.decoder.linear.out_features)
+        # The sums over thousands of images need float32, whatever the precision of the decoder.
+        with torch.autocast("cpu", enabled=False):
+            prior = self.confidence.prior(features, self.decoder.linear.out_features)
         return self.decoder.memory(features), prior.to(features.device)
 
     def init_state(self, memory):
@@ -190,12 +192,13 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
     encode, data = model.vocab.encode, validation_images.data
     words = [[encode(text) for text in texts] for texts in training_images.data.captions]
     ranks, predictors, found = [], [], []
-    with eval_mode(model), model.autocast():
+    with eval_mode(model):
         features = torch.cat([*map(pooled, encode_images(model, training_images))])
         confidence = Confidence.of_images(features, words)
+        decoder = confidence.supported(model.decoder)
         for batch in encode_images(model, validation_images):
-            decoder = confidence.supported(model.decoder)
-            decoded = generate(decoder, batch, beam_size=beam_size, n_best=beam_size)
+            with model.autocast():
+                decoded = generate(decoder, batch, beam_size=beam_size, n_best=beam_size)
             predictors.append(confidence.predictors(batch, decoded))
             found.append(decoded.scores.cpu() > -torch.inf)
             ranks += model.decode(decoded)
@@ -216,7 +219,9 @@ def calibrate(model, training_images, validation_images, beam_size=5) -> Confide
 def encode_images(model, images):
     """Yields what `model.encode` returns for the batches of an `ImageDataset`."""
     for batch in DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch):
-        yield model.encode(batch.images, batch.features)
+        with model.autocast():
+            encoded = model.encode(batch.images, batch.features)
+        yield encoded
 
 
 def pooled(encoded):

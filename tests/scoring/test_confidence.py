@@ -46,6 +46,17 @@ FEATURES = torch.randn(40, 3, 10, generator=torch.Generator().manual_seed(0))  #
 CAPTIONS = [[[4, 5], [4, 6, 6]] if row % 2 else [[4, 7]] for row in range(40)]  # of the images
 
 
+def test_prior_is_float32_in_autocast():
+    """A decoder in bfloat16 gets the same prior as one in float32."""
+    model = tiny_model(WORDS, inject="attend")
+    features = torch.randn(40, 3, model.encoder.cnn.feature_size)
+    confidence = Confidence.of_images(features, CAPTIONS)
+    exact = confidence.prior(features[:3], len(WORDS))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        _, prior = confidence.supported(model.decoder).memory(features[:3])
+    torch.testing.assert_close(prior, exact, rtol=0, atol=0)
+
+
 def test_predictors():
     """Statistics of the log-probabilities, the words of similar images, and repeated words."""
     confidence = Confidence.of_images(FEATURES, CAPTIONS)
