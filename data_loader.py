@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from captioning.base.tokens import PAD
+from captioning.data.workers import WorkerLoader
 
 
 class Batch(NamedTuple):
@@ -211,7 +212,7 @@ def get_loader(
         be a `CaptionDataset`.
 
     Each rank gets its part of every training batch, and every `world_size`-th validation batch.
-    Raises ValueError for an unknown mode.
+    Raises ValueError for an unknown mode; while it is read, WorkerError if a worker fails.
     """
     if mode not in ("train", "val"):
         raise ValueError(f"unknown mode {mode!r}; choose train or val")
@@ -227,7 +228,7 @@ def get_loader(
     else:
         lengths = getattr(dataset, "lengths", np.zeros(len(dataset)))
         batches = BucketSampler(lengths, batch_size, seed, **ranks)
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,

@@ -16,6 +16,7 @@ from captioning.decoding.captioner import Captioned
 
 ALTERNATIVES = 5
 MAX_PHOTOS = 10  # that are captioned together
+MAX_PIXELS = 120e6  # of a photo: the largest phones have 108 megapixels
 BEAM, SAMPLING = "beam search", "sampling"
 UNSURE = 0.4  # captions of lower confidence are called unsure
 
@@ -50,8 +51,8 @@ def cards(model, paths, *options) -> str:
         try:
             if not path.exists():
                 raise BadImageError(f"{path}: the upload has been deleted, add the photo again")
-            found = describe(model, path, *options)
-            result.append(card(load_image(path, min_size=640), found))
+            image = load_image(path, min_size=640, max_pixels=MAX_PIXELS)
+            result.append(card(image, describe(model, path, *options)))
         except ValueError as error:
             message = str(error).replace(str(path), path.name)  # no path of the server
             result.append(f'<p class="error">{escape(message)}</p>')

@@ -17,23 +17,9 @@ def exit_status(command) -> int:
         # Python flushes standard output at exit, which would print another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, RuntimeError) as error:
-        message = error_message(error)
-        if message is None:
-            raise
+    except (ValueError, OSError) as error:
+        text = str(error)
+        # PyTorch prepends the traceback to an exception that was raised in a worker.
+        message = text.splitlines()[-1] if text.startswith("Caught ") else text
         print(f"error: {message}", file=sys.stderr)
         return 1
-
-
-def error_message(error) -> str | None:
-    """The message for an error caused by the user or the machine; None for a bug."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        if "DataLoader worker (pid" not in text:
-            return None
-        return (
-            f"a data-loader worker ended unexpectedly ({text.splitlines()[0]}), perhaps for lack "
-            "of memory: use fewer --num-workers; --resume continues from what was saved"
-        )
-    # PyTorch prepends the traceback to an exception that was raised in a worker.
-    return text.splitlines()[-1] if text.startswith("Caught ") else text

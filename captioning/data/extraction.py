@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from captioning.base.device import autocast, resolve_precision
@@ -28,8 +28,9 @@ from captioning.base.distributed import barrier, print0, rank_and_world_size, sh
 from captioning.base.files import atomic_write, file_lock, write_text
 from captioning.data.features import FeatureArray
 from captioning.data.images import BadImageError
+from captioning.data.workers import WorkerLoader
 
-FORMAT = "6"  # increase it when the content of the files, or how images are opened, changes
+FORMAT = "7"  # increase it when the content of the files, or how images are opened, changes
 SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
 LARGE = 1e9  # bytes of features, whose size is printed before they are written
 
@@ -103,7 +104,7 @@ def compute_shards(cnn, paths, transform, folder, starts, precision, num_workers
         images = ReadableImages(paths[start : start + SHARD_SIZE], transform)
         batch_size = 8 if device.type == "cpu" else 64
         features, bad = [], {}
-        for batch in DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
+        for batch in WorkerLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
             good = [image for image, _ in batch if image is not None]
             computed = iter(views(good) if good else [])
             for image, reason in batch:
@@ -209,9 +210,15 @@ class ReadableImages(Dataset):
 
 def find_bad_images(paths, transform, num_workers=0) -> dict[int, str]:
     """{row: reason} for the images that cannot be read; opens every image."""
-    loader = DataLoader(ReadableImages(paths, transform), None, num_workers=num_workers)
+    images = ReadableImages(paths, transform)
+    loader = WorkerLoader(images, None, num_workers=num_workers, collate_fn=reason_of)
     bar = tqdm(loader, "checking images", leave=False, disable=not show_progress())
-    return {row: reason for row, (_, reason) in enumerate(bar) if reason}
+    return {row: reason for row, reason in enumerate(bar) if reason}
+
+
+def reason_of(item):
+    """Of an item of `ReadableImages`: the image need not leave the worker."""
+    return item[1]
 
 
 def describe_bad(reasons) -> str:

@@ -4,32 +4,44 @@ eval_transform(224)("photo.jpg")     # (3, 224, 224), normalized with ImageNet's
 centre_crop("photo.jpg", 224)        # the part of the image that it uses
 """
 
+import errno
 import os
 import warnings
 import zlib
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 from torchvision.transforms import v2
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TO_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
 MAX_ASPECT_RATIO = 50  # resizing a longer and thinner image would take gigabytes
+MAX_JPEG_PIXELS = 300e6  # of a file that is decoded at a reduced size
+# Errors of the machine, not of the file: too many open files (of the process, of all), no memory.
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+# Values of white in grey images of 8, 10, 12, 14, 15 (signed) and 16 bits, and in those of floats.
+WHITE = {"I": (255, 1023, 4095, 16383, 32767, 65535), "F": (1, 255)}
+WHITE["I;16"] = tuple(white for white in WHITE["I"] if white != 32767)
 
 
 class BadImageError(ValueError):
     """A file that cannot be read as an image; the message names the file and the reason."""
 
 
-def load_image(source, min_size: int | None = None) -> Image.Image:
+def load_image(
+    source, min_size: int | None = None, max_pixels: float = MAX_JPEG_PIXELS
+) -> Image.Image:
     """Open an image (path or PIL image) as upright RGB, whatever its mode.
 
     min_size: lets the JPEG decoder skip detail that a later resize would discard; both sides of the
         result are at least this long. Has no effect on an image that is already open.
+    max_pixels: of a JPEG that is decoded at a reduced size.
 
-    Transparent pixels become white. Raises BadImageError.
+    Transparent pixels become white. Grey values of more than 8 bits are scaled: see `_to_8_bits`.
+    Raises BadImageError; OSError if the machine lacks memory or open files.
     """
     is_open = isinstance(source, Image.Image)
     name = source if isinstance(source, (str, Path)) else f"the {type(source).__name__} argument"
@@ -39,19 +51,42 @@ def load_image(source, min_size: int | None = None) -> Image.Image:
         if os.path.exists(source) and not os.path.isfile(source):
             raise ValueError("not a regular file")  # reading a pipe could wait for ever
         with open(source, "rb") as file:  # Pillow does not close the file of a damaged image
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(file)
-            if min_size:
-                image.draft("RGB", (min_size, min_size))
-            return _upright_rgb(image)
+            return _upright_rgb(open_image(file, min_size, max_pixels))
     except FileNotFoundError:
         raise BadImageError(f"{name}: there is no such file; check the path") from None
     except UnidentifiedImageError:
         reason = "not an image, or damaged, or in a format that Pillow does not read"
         raise BadImageError(f"{name}: {reason}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
+            raise
         raise BadImageError(f"{name}: {error or type(error).__name__}") from None
+
+
+def open_image(file, min_size=None, max_pixels=MAX_JPEG_PIXELS) -> Image.Image:
+    """Image.open of a binary file, for a decode of at least `min_size` pixels a side.
+
+    Pillow's limit against decompression bombs applies to the pixels that are decoded: a JPEG may
+    have up to `max_pixels` if it can be decoded at a reduced size. Raises ValueError above that.
+    """
+    is_jpeg = file.read(3) == b"\xff\xd8\xff"
+    file.seek(0)
+    if not is_jpeg:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(file)
+    image = JpegImagePlugin.jpeg_factory(file)  # Image.open would check the size of the file
+    size = image.size
+    if min_size:
+        image.draft("RGB", (min_size, min_size))
+    # Of a progressive JPEG, the decoder keeps all coefficients, 3 to 6 bytes for each pixel.
+    if "progressive" in image.info:
+        max_pixels = min(max_pixels, 2 * Image.MAX_IMAGE_PIXELS)
+    if size[0] * size[1] > max_pixels or image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels are too many to decode (a decompression bomb?)"
+        )
+    return image
 
 
 def _upright_rgb(image) -> Image.Image:
@@ -61,18 +96,36 @@ def _upright_rgb(image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16 bits or more: convert() would saturate
         image = _to_8_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def _to_8_bits(image) -> Image.Image:
-    """Convert an image of integers or floats in 0..65535, 0..255 or 0..1 to 8-bit grey."""
-    largest = image.getextrema()[1]
-    scale = 1 / 256 if largest > 255 or image.mode.startswith("I;16") else 1
-    if image.mode == "F" and largest <= 1:
-        scale = 255
-    return image.point(lambda value: value * scale).convert("L")
+    """Convert grey values that are integers of 16 or 32 bits, or floats, to 8 bits.
+
+    Black is 0, and white the next of WHITE, in which files of cameras and scanners are written: a
+    12-bit image in a 16-bit file has values up to 4,095. If no such white is less than four times
+    the brightest value, or if values are negative, black and white are the extreme values (of
+    floats, without the outermost 0.1 % at either end). NaN and infinite values become black.
+
+    Raises ValueError if no value is finite.
+    """
+    values = np.asarray(image).astype(np.float64)
+    known = np.abs(values) < 1e30  # False for NaN; larger values mark missing pixels
+    if not known.any():
+        raise ValueError("no pixel has a finite value")
+    low, high = values[known].min(), values[known].max()
+    whites = WHITE[image.mode if image.mode in WHITE else "I;16"]
+    white = next((white for white in whites if high <= white < 4 * high), None)
+    if low < 0 or white is None:
+        low, white = np.percentile(values[known], (0.1, 99.9) if image.mode == "F" else (0, 100))
+    else:
+        low = 0
+    if low == white:  # a plain image, black only if its value is not positive
+        low = min(low, 0)
+    scaled = np.where(known, values - low, 0) * (255 / max(white - low, 1e-30))
+    return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
 
 
 def centre_crop(source, size, interpolation="bilinear") -> Image.Image:

@@ -109,13 +109,16 @@ def test_a_bad_file_is_a_sentence(model, photo, tmp_path, monkeypatch):
     folder, with what to do; the other photos are captioned.
     """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)
-    bad = [tmp_path / name for name in ("notes.jpg", "bomb.png", "old.jpg")]
+    monkeypatch.setattr("apps.web.describe.MAX_PIXELS", 2000 * 1500 - 1)
+    bad = [tmp_path / name for name in ("notes.jpg", "bomb.png", "old.jpg", "large.jpg")]
     bad[0].write_text("no photo")
     Image.new("1", (100, 100)).save(bad[1])
+    Image.new("L", (2000, 1500)).save(bad[3])
     shown = cards(model, [*bad, photo])
     errors = re.findall(r'<p class="error">(\S+): (.*?)</p>', shown)
     assert [name for name, _ in errors] == [path.name for path in bad]
     assert "bomb" in errors[1][1] and "add the photo again" in errors[2][1]
+    assert "2000 x 1500 pixels are too many" in errors[3][1]
     assert shown.count("<article") == 1 and str(tmp_path) not in shown
 
 

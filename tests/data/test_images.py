@@ -1,10 +1,14 @@
 """Reading images of any kind, and the transforms."""
 
+import errno
+import struct
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from captioning.data import images
 from captioning.data.images import (
     BadImageError,
     CropTransform,
@@ -56,14 +60,120 @@ def test_files_of_any_mode(tmp_path, image, suffix, expected):
     np.testing.assert_allclose(np.asarray(image)[0], expected, atol=0 if suffix == "png" else 1)
 
 
+RAMP = np.linspace(0, 1, 2048).reshape(32, 64)
+
+
+def tiff(values, big_endian=False):
+    """A TIFF file with one sample per pixel, of the type of `values`, as bytes."""
+    order, kind = "<>"[big_endian], values.dtype.kind
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    tags = {256: values.shape[1], 257: values.shape[0], 258: 8 * values.itemsize, 259: 1, 262: 1}
+    tags |= {273: 8, 277: 1, 278: values.shape[0], 279: len(data), 339: " uif".index(kind)}
+    entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, x) for tag, x in tags.items())
+    directory = struct.pack(order + "H", len(tags)) + entries + bytes(4)
+    mark = b"MM" if big_endian else b"II"
+    return mark + struct.pack(order + "HI", 42, 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
 @pytest.mark.parametrize(
-    "dtype, white", [(np.int32, 65535), (np.int32, 255), (np.float32, 255), (np.float32, 1)]
+    "dtype, low, high",
+    [
+        ("u2", 0, 65535),
+        ("u2", 0, 4095),  # 12 bits
+        ("u2", 0, 1023),
+        ("i2", 0, 32767),
+        ("i2", -32768, 32767),
+        ("i4", 0, 255),
+        ("i4", 0, 65535),
+        ("i4", -100, 17_850_000),
+        ("f4", 0, 1),
+        ("f4", 0, 255),
+        ("f4", 0, 1000),
+        ("f4", -1, 1),
+        ("f4", 280, 310),
+        ("f4", 0, 1e-6),
+    ],
 )
-def test_integers_and_floats(dtype, white):
-    """Pixels that are integers or floats keep their brightness, whatever the value of white."""
-    pixels = np.array([[0.0, 0.25, 0.5, 1.0]]) * white
-    image = np.asarray(load_image(array(pixels, dtype)))
-    np.testing.assert_allclose(image[0, :, 0], [0, 64, 128, 255], atol=1)
+def test_grey_values_of_any_range(tmp_path, dtype, low, high, big_endian):
+    """A ramp from black to white is that, whatever the type and range of its values."""
+    values = (low + RAMP * (high - low)).astype(dtype)
+    (tmp_path / "ramp.tif").write_bytes(tiff(values, big_endian))
+    image = np.asarray(load_image(tmp_path / "ramp.tif"))
+    np.testing.assert_allclose(image[..., 0], 255 * RAMP, atol=2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.4e38])
+def test_missing_values(tmp_path, value):
+    """Values that are not finite, or mark missing pixels, are black and change no other pixel."""
+    values = RAMP.astype(np.float32)
+    values[10:20] = value
+    (tmp_path / "ramp.tif").write_bytes(tiff(values))
+    image = np.asarray(load_image(tmp_path / "ramp.tif"))[..., 0]
+    np.testing.assert_allclose(np.delete(image, slice(10, 20), 0)[0], 255 * RAMP[0], atol=1)
+    assert (image[10:20] == 0).all()
+
+
+def test_a_few_extreme_floats(tmp_path):
+    """Single pixels far brighter than the others do not make the picture black."""
+    values = (1000 * RAMP).astype(np.float32)
+    values[0, 0] = 1e9
+    (tmp_path / "ramp.tif").write_bytes(tiff(values))
+    image = np.asarray(load_image(tmp_path / "ramp.tif"))[..., 0]
+    np.testing.assert_allclose(image[1:], 255 * RAMP[1:], atol=2)
+
+
+def test_no_finite_value(tmp_path):
+    """An image without a finite value is unreadable."""
+    (tmp_path / "nan.tif").write_bytes(tiff(np.full((8, 8), np.nan, np.float32)))
+    with pytest.raises(BadImageError, match="nan.tif: no pixel has a finite value"):
+        load_image(tmp_path / "nan.tif")
+
+
+@pytest.mark.parametrize("value, expected", [(0, 0), (500.0, 255), (-3.0, 0)])
+def test_plain_image_of_floats(value, expected):
+    """A plain image is black only if its value is not positive."""
+    image = load_image(Image.fromarray(np.full((4, 4), value, np.float32)))
+    assert np.unique(image).tolist() == [expected]
+
+
+def test_large_jpeg(tmp_path, monkeypatch):
+    """The limit of pixels applies to what is decoded: not to a JPEG that is reduced, but to a
+    whole one, to other formats, and to a JPEG of more than 300 megapixels."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 480 - 1)
+    photo = Image.linear_gradient("L").resize((640, 480))
+    for name in ("grey.jpg", "large.png"):
+        photo.save(tmp_path / name)
+    photo.convert("RGB").save(tmp_path / "large.jpg")
+    for name in ("grey.jpg", "large.jpg"):
+        assert min(load_image(tmp_path / name, min_size=100).size) >= 100
+        with pytest.raises(BadImageError, match=f"{name}.*640 x 480 pixels are too many"):
+            load_image(tmp_path / name)
+    with pytest.raises(BadImageError, match="large.png.*bomb"):
+        load_image(tmp_path / "large.png", min_size=100)
+    with pytest.raises(BadImageError, match="large.jpg.*640 x 480 pixels are too many"):
+        load_image(tmp_path / "large.jpg", min_size=100, max_pixels=640 * 480 - 1)
+
+
+def test_progressive_jpeg(tmp_path, monkeypatch):
+    """Of a progressive JPEG all coefficients are decoded: it may have twice Pillow's limit."""
+    Image.new("RGB", (640, 480)).save(tmp_path / "large.jpg", progressive=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 240)
+    assert load_image(tmp_path / "large.jpg", min_size=100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 240 - 1)
+    with pytest.raises(BadImageError, match="too many"):
+        load_image(tmp_path / "large.jpg", min_size=100)
+
+
+def test_too_many_open_files(tmp_path, monkeypatch):
+    """An error of the machine does not make an image unreadable."""
+
+    def refused(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(images, "open_image", refused)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_image(saved(Image.new("RGB", (8, 8)), tmp_path / "image.png"))
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 3)])
