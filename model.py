@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from captioning.base.checkpoints import FORMAT, load_checkpoint
-from captioning.base.device import autocast, resolve_precision
+from captioning.base.device import autocast, resolve_precision, usual_defaults
 from captioning.base.modules import select
-from captioning.base.tokens import PAD
+from captioning.base.tokens import PAD, TOKENIZER
 from captioning.data.images import eval_transform
 from captioning.decoding.captioner import Captioner
 from captioning.networks.attention import AttentionDecoder
@@ -185,11 +185,13 @@ class CaptionModel(Captioner, nn.Module):
 
     @property
     def device(self):
-        return self.decoder.linear.weight.device
+        return next(self.parameters()).device
 
     def autocast(self):
-        """The precision of the config, as a context manager."""
-        return autocast(self.device, self.config.precision)
+        """The precision of the config; of a converted or quantized model, that of its weights."""
+        linear = self.decoder.linear
+        own = isinstance(linear, nn.Linear) and linear.weight.dtype == torch.float32
+        return autocast(self.device, self.config.precision if own else "float32")
 
     def forward(self, images, captions):
         """(B, 3, H, W), (B, T) -> logits (B, T-1, vocab_size); see `DecoderRNN`."""
@@ -197,10 +199,12 @@ class CaptionModel(Captioner, nn.Module):
 
     def encode(self, images=None, features=None):
         """Images (B, 3, H, W), or features (B, P, C) of `encoder.cnn` -> what the decoder takes."""
-        weight = self.decoder.linear.weight  # images and features get its device and dtype
-        features = self.encoder.cnn(images.to(weight)) if features is None else features.to(weight)
-        return self.encoder.project(features)
+        weight = next(self.parameters())  # images and features get its device and dtype
+        if features is None:
+            features = self.encoder.cnn(images.to(self.device))
+        return self.encoder.project(features.to(weight))
 
+    @usual_defaults()
     def preprocess(self, images):
         """A list of images (paths or PIL images) -> (B, 3, H, W). Raises BadImageError."""
         return torch.stack([self.transform(image) for image in images])
@@ -212,12 +216,14 @@ class CaptionModel(Captioner, nn.Module):
             "config": asdict(self.config),
             "words": self.vocab.words,
             "threshold": self.vocab.threshold,
+            "tokenizer": TOKENIZER,
             "model": self.state_dict(),
             "card": self.card,
             "confidence": self.confidence and self.confidence.state(),
         }
 
     @classmethod
+    @usual_defaults()
     def from_checkpoint(cls, path, device="cpu", precision=None, backbone=None):
         """Load a trained model in eval mode. The file is self-contained, and no code in it is run.
 

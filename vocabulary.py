@@ -7,10 +7,11 @@ vocab.save("vocabulary.json")   # {"threshold": 5, "words": [..]}
 """
 
 import json
+import warnings
 from collections import Counter
 
 from captioning.base.files import write_text
-from captioning.base.tokens import END, PAD, SPECIAL_TOKENS, START, UNK, tokenize
+from captioning.base.tokens import END, PAD, SPECIAL_TOKENS, START, UNK, join_words, tokenize
 
 
 class Vocabulary:
@@ -37,8 +38,15 @@ class Vocabulary:
         """All words that occur at least `threshold` times in `captions` (the training captions).
 
         Words are sorted by descending count, then alphabetically, so that the order of the captions
-        does not matter. Raises ValueError if no word remains.
+        does not matter. Raises ValueError if no word remains; warns if no caption has two words.
         """
+        captions = list(captions)
+        if captions and all(len(tokenize(caption)) < 2 for caption in captions):
+            warnings.warn(
+                f"none of the {len(captions)} captions has more than one word, such as "
+                f"{captions[0]!r}: separate the words by spaces",
+                stacklevel=2,
+            )
         counts = count_words(captions)
         vocab = cls(list(SPECIAL_TOKENS), threshold).extended(counts, threshold)
         if len(vocab) == len(SPECIAL_TOKENS):
@@ -83,7 +91,7 @@ class Vocabulary:
                 raise IndexError(f"no word has index {index}: the vocabulary has {len(self)} words")
             if index not in (PAD, START):
                 words.append(self.words[index])
-        return " ".join(words)
+        return join_words(words)
 
     def save(self, path) -> None:
         """Write the vocabulary as JSON."""

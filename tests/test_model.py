@@ -323,11 +323,89 @@ def test_attention_maps(model, photos):
         model.caption(photos, return_attention=True)
 
 
-def test_converted_model(photos, precision):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_converted_model(photos, precision, dtype):
     """A model converted to another data type generates the same captions."""
     model, _ = overfitted(photos, "par", precision)
-    for dtype in (torch.float64, getattr(torch, precision)):
-        assert deepcopy(model).to(dtype).caption(photos) == LEARNED
+    assert deepcopy(model).to(dtype).caption(photos) == LEARNED
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, that its quantization moves to another package
+def test_quantized_model(photos, precision):
+    """A model whose linear layers and LSTM are quantized generates the same captions."""
+    model, _ = overfitted(photos, "par", precision)
+    kinds = {torch.nn.Linear, torch.nn.LSTM}
+    quantized = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
+    assert quantized.caption(photos) == LEARNED
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_another_type(photos, dtype):
+    """Images of any floating-point type are converted to that of the model."""
+    model = tiny_model()
+    images = model.preprocess(photos[:2]).to(dtype)
+    expected = model.encoder(images.float())
+    torch.testing.assert_close(model.encoder(images), expected)
+    assert model(images, CAPTIONS[:2]).dtype == torch.float32
+
+
+def test_images_of_integers():
+    """Images of integers, which have not been normalized, are refused."""
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    for call in (EncoderCNN(8, "resnet18", None), tiny_model().generate):
+        with pytest.raises(ValueError, match="torch.uint8, not normalized: convert them"):
+            call(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_defaults_of_the_caller(checkpoint, photos, device, dtype):
+    """A default device and a default dtype that the caller has set change no caption.
+
+    Tensors on "meta" have no content: whatever is created there by mistake fails.
+    """
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert CaptionModel.from_checkpoint(checkpoint).caption(photos) == LEARNED
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # PyTorch's, of its own LSTM
+@pytest.mark.parametrize("inject", ["par", "attend"])
+def test_torch_export(photos, inject):
+    """torch.export captures the encoder, a step of decoding and the whole model."""
+    model = tiny_model(inject=inject).eval()
+    images, captions = model.preprocess(photos[:2]), torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]])
+    memory = model.decoder.memory(model.encoder(images))
+    step = torch.ones(2, dtype=torch.long), model.decoder.init_state(memory), memory
+    for module, inputs in (
+        (model.encoder, (images,)),
+        (model, (images, captions)),
+        (Step(model.decoder), step),
+    ):
+        exported = torch.export.export(module, inputs).module()
+        for found, expected in zip(flat(exported(*inputs)), flat(module(*inputs)), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+class Step(torch.nn.Module):
+    """`decoder.step` as a module, which torch.export requires."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, tokens, state, memory):
+        return self.decoder.step(tokens, state, memory)[:2]
+
+
+def flat(values):
+    """The tensors in nested tuples."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [tensor for value in values for tensor in flat(value)]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from captioning.base.tokens import split_words
 from vocabulary import END, SPECIAL_TOKENS, START, UNK, Vocabulary, tokenize
 
 CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
@@ -40,11 +41,30 @@ CAPTIONS = ["A dog runs.", "A dog sleeps!", "a cat", "The dog's ball"]
         ("<start> a dog <end>", "start a dog end"),
         ("हिन्दी, i̇stanbul, naïve. собака", "हिन्दी i̇stanbul naïve собака"),
         ("... - ' \u2014\n", ""),
+        ("一只狗，在草地上。", "一 只 狗 在 草 地 上"),
+        ("犬がカーテンを見るT-シャツ2枚", "犬 が カ ー テ ン を 見 る t シ ャ ツ 2 枚"),
+        ("สุนัขวิ่ง", "สุ นั ข วิ่ ง"),
+        ("개가 달린다", "개가 달린다"),
+        ("a 狗's ball", "a 狗 's ball"),
     ],
 )
 def test_punctuation(caption, words):
     """Words are lower case and contain inner hyphens and apostrophes; all else separates them."""
     assert " ".join(tokenize(caption)) == words
+
+
+@pytest.mark.parametrize("text", ["a dog 's ball", "一只狗在草地上", "สุนัขวิ่ง", "t シャツ 2 枚", ""])
+def test_spaces_of_decoded_captions(text):
+    """Decoded words are joined as their script is written, and can be split again."""
+    vocab = Vocabulary.build([text, "a cat"], threshold=1)
+    assert vocab.decode(vocab.encode(text)) == text
+    assert split_words(text) == tokenize(text)
+
+
+def test_captions_of_one_word():
+    """Captions of which none has two words are reported: their words are not separated."""
+    with pytest.warns(UserWarning, match="2 captions.*'adog'.*spaces"):
+        Vocabulary.build(["adog", "acat"], threshold=1)
 
 
 @given(st.text())

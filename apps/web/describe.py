@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from captioning.base.tokens import split_words
 from captioning.data.images import BadImageError, attention_mask, load_image
 from captioning.decoding.captioner import Captioned
 
@@ -84,7 +85,7 @@ def word_maps(image, found: Captioned) -> str:
     if np.ndim(found.attention) != 3:  # no attention, or positions that form no square
         return ""
     square, figures = ImageOps.fit(image, (160, 160)), []  # the crop of `eval_transform`
-    for word, weights in zip(found.captions[0].split(), found.attention, strict=True):
+    for word, weights in zip(split_words(found.captions[0]), found.attention, strict=True):
         opacity = attention_mask(weights, square.size).point(lambda value: 64 + value * 191 // 255)
         shaded = Image.composite(square, Image.new("RGB", square.size), opacity)
         label = f"<figcaption>{escape(word)}</figcaption>"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from captioning.base.files import atomic_write
+from captioning.base.tokens import TOKENIZER
 
 FORMAT = 2  # of checkpoints of a model; increase it when older ones cannot be loaded any more
 CONTENT = {"config": dict, "words": list, "threshold": int, "model": dict, "card": dict}
@@ -61,6 +62,11 @@ def load_checkpoint(path) -> dict:
     for name, kind in CONTENT.items():
         if not isinstance(checkpoint[name], kind):
             raise ValueError(f"{path} is damaged: its {name} is not a {kind.__name__}")
+    if checkpoint.get("tokenizer", TOKENIZER) != TOKENIZER:
+        raise ValueError(
+            f"{path} was trained on captions of another tokenizer ({checkpoint['tokenizer']}), not "
+            f"of this version's ({TOKENIZER}): load it with its own version, or train it again"
+        )
     if not isinstance(checkpoint["card"].get("summary"), str):
         raise ValueError(f"{path} is damaged: its card has no summary")
     return checkpoint
@@ -81,6 +87,6 @@ def export(source, target, card=None):
         for name, tensor in checkpoint["model"].items()
     }
     kept = {name: checkpoint[name] for name in ("format", *CONTENT)}
-    kept |= {"confidence": checkpoint.get("confidence")}
+    kept |= {"confidence": checkpoint.get("confidence"), "tokenizer": TOKENIZER}
     kept |= {"model": state, "card": checkpoint["card"] | (card or {})}
     save(kept | {"history": checkpoint.get("history", [])}, target)

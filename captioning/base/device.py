@@ -5,6 +5,7 @@ with autocast(device, "auto"):             # bfloat16 where the hardware acceler
     ...
 """
 
+import contextlib
 import functools
 import os
 
@@ -32,6 +33,21 @@ def pick_device(name) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} is not available ({reason})") from error
+
+
+@contextlib.contextmanager
+def usual_defaults():
+    """Within it, torch.zeros and the like create float32 tensors on the CPU, as the code expects,
+    whatever default device and dtype the caller has set. Also a decorator.
+    """
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def use_deterministic_algorithms():

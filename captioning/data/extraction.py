@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from captioning.base.device import autocast, resolve_precision
+from captioning.base.device import autocast, resolve_precision, usual_defaults
 from captioning.base.distributed import barrier, print0, rank_and_world_size, show_progress
 from captioning.base.files import atomic_write, file_lock, write_text
 from captioning.data.features import FeatureArray
@@ -35,6 +35,7 @@ SHARD_SIZE = 512  # images per file; an interruption loses the features of at mo
 LARGE = 1e9  # bytes of features, whose size is printed before they are written
 
 
+@usual_defaults()
 def extract_features(
     cnn, paths, transform, cache_dir, precision="auto", num_workers=0, skip_bad=False
 ) -> tuple[FeatureArray, dict[int, str]]:

@@ -10,6 +10,8 @@ import sys
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from captioning.base.device import usual_defaults
+
 SPARE_FILES = 16  # open files that a worker needs to hand over a batch in shared memory
 
 
@@ -29,29 +31,29 @@ class WorkerLoader(DataLoader):
         super().__init__(dataset, *args, collate_fn=HandOver(collate_fn), **options)
 
     def __iter__(self):
-        if not self.num_workers:
-            yield from super().__iter__()
-            return
         try:
-            batches = super().__iter__()
+            with usual_defaults():  # DataLoader fails with another default device
+                batches = super().__iter__()
         except OSError as error:
             raise self.error("cannot be started", error) from error
         while True:
             try:
-                batch = next(batches)
+                with usual_defaults():
+                    batch = next(batches)
             except StopIteration:
                 return
             except RuntimeError as error:
-                if str(error).startswith("Caught "):  # an error of the dataset, in a worker
+                # Errors of the dataset remain what they are.
+                if not self.num_workers or str(error).startswith("Caught "):
                     raise
                 raise self.error("ended unexpectedly", error) from error
             yield batch
 
     def error(self, problem, error):
+        reason = str(error).splitlines()[0].rstrip(". ")
         return WorkerError(
-            f"the {self.num_workers} data-loading workers {problem} "
-            f"({str(error).splitlines()[0].rstrip('. ')}), perhaps for lack of memory, shared memory "
-            "or open files: use fewer --num-workers, or none"
+            f"the {self.num_workers} data-loading workers {problem} ({reason}), perhaps for lack "
+            "of memory, shared memory or open files: use fewer --num-workers, or none"
         )
 
 
@@ -72,7 +74,8 @@ class HandOver:
         except (RuntimeError, OSError) as error:
             if not self.warned:
                 reason = str(error).splitlines()[0]
-                print(f"warning: batches go through a pipe, not shared memory: {reason}", file=sys.stderr)
+                text = f"warning: batches go through a pipe, not shared memory: {reason}"
+                print(text, file=sys.stderr)
                 self.warned = True
             return apply(Piped, self.collate(items))
         return batch

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from captioning.base.device import usual_defaults
 from captioning.base.modules import eval_mode
 from captioning.data.images import BadImageError
 from captioning.decoding.decoded import Decoded
@@ -89,6 +90,7 @@ class Captioner:
             for image, (captions, scores, *others) in zip(readable, rows, strict=True):
                 yield Captioned(image, captions, scores[: len(captions)], *others)
 
+    @usual_defaults()
     def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
         """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`.
 

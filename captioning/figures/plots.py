@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 from PIL import Image
 
+from captioning.base.tokens import split_words
 from captioning.data.images import attention_mask
 
 BLUE, ORANGE, GREY, RED = "#2a6f97", "#e07a3f", "#8d99ae", "#c1121f"
@@ -166,7 +167,7 @@ def attention_maps(image, caption, maps, columns=6, width=1.8, boxes=None):
     dark = image.point(lambda value: value // 5)
     masks = [attention_mask(weights, image.size) for weights in maps]
     shaded = [Image.composite(image, dark, mask) for mask in masks]
-    axes = image_grid([*shaded, image], [*caption.split(), "the image"], columns, width)
+    axes = image_grid([*shaded, image], [*split_words(caption), "the image"], columns, width)
     for t, (x, y, *size) in (boxes or {}).items():
         axes.flat[t].add_patch(plt.Rectangle((x, y), *size, fill=False, ec=ORANGE, lw=2))
     return axes

@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from captioning.base.device import to_float64
+from captioning.base.device import to_float64, usual_defaults
 from captioning.base.distributed import (
     all_reduce_sum,
     broadcast_buffers,
@@ -31,10 +31,11 @@ from captioning.learning.checkpoint import (
 )
 from captioning.learning.optimizer import schedule, update
 from captioning.learning.run import Run
-from captioning.scoring.evaluation import caption_split, evaluate_loss, score
+from captioning.scoring.evaluation import caption_split, check_cider, evaluate_loss, score
 from captioning.scoring.metrics import perplexity
 
 
+@usual_defaults()
 def fit(run: Run, after_epoch=None) -> list[dict]:
     """Train up to `config.epochs`, or until validation stops improving; returns the history.
 
@@ -53,6 +54,8 @@ def fit(run: Run, after_epoch=None) -> list[dict]:
                 earlier = find_earlier_run(config)  # a Run made by hand has not looked for one
                 if earlier:
                     restore(run, earlier)
+            if config.best_by == "cider":
+                check_cider(run.val_images.data)
             # Waits for all ranks: none looks any more for the files that `prepare_run_dir` deletes.
             loss = wrap_ddp(run.loss, find_unused_parameters=config.fine_tune != "none")
             prepare_run_dir(run)

@@ -92,7 +92,16 @@ class CNN(nn.Module):
         return self.views(images).mean(1)
 
     def views(self, images):
-        """(B, 3, H, W) -> (B, V, P, C), of each image and, with `flip`, of its flip: V = 2."""
+        """(B, 3, H, W) -> (B, V, P, C), of each image and, with `flip`, of its flip: V = 2.
+
+        Raises ValueError for images of integers, which have not been normalized.
+        """
+        if not images.is_floating_point():
+            raise ValueError(
+                f"the images are {images.dtype}, not normalized: convert them as `eval_transform` "
+                "does (float32, divided by 255, minus the mean, divided by the deviation)"
+            )
+        images = images.to(next(self.network.parameters(), images).dtype)
         maps = [self.network(images)]
         if self.flip:
             flipped = self.network(images.flip(3))

@@ -10,13 +10,17 @@ from statistics import mean
 import torch
 from torch.utils.data import DataLoader
 
+from captioning.base.device import usual_defaults
 from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
 from captioning.base.modules import eval_mode
 from captioning.decoding.generate import DecodingOptions
 from captioning.scoring.cross_entropy import cross_entropy
 from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
 
+TEXTS = {"tokenizer", "notes"}  # entries of the scores that are no numbers
 
+
+@usual_defaults()
 def evaluate_loss(model, loader) -> tuple[float, int]:
     """(total negative log-likelihood in nats, number of targets) over all captions of a loader.
 
@@ -33,6 +37,7 @@ def evaluate_loss(model, loader) -> tuple[float, int]:
     return loss, int(targets)
 
 
+@usual_defaults()
 def caption_split(model, images, batch_size=64, **options) -> list[str]:
     """A generated caption for every image, in order.
 
@@ -57,15 +62,26 @@ def score(candidates, data, vocab, training_captions=()) -> dict:
     apart, _ = score_sources(candidates, data)
     scores = next(iter(apart.values()))
     if len(apart) > 1:
-        means = {
-            name: mean(of[name] for of in apart.values()) for name in scores if name != "tokenizer"
-        }
-        scores = scores | means | {"sources": apart}
+        table = {name: [of[name] for of in apart.values()] for name in scores.keys() - TEXTS}
+        means = {name: None if None in column else mean(column) for name, column in table.items()}
+        scores = {name: means.get(name, x) for name, x in scores.items() if name != "notes"}
+        scores["sources"] = apart
     return {
         "unk_rate": unk_rate(data.all_captions, set(vocab.words)),
         **scores,
         **diagnostics(candidates, training_captions, len(vocab)),
     }
+
+
+def check_cider(data):
+    """Raise ValueError if the images of a source are too few for CIDEr-D to be defined."""
+    for source in sorted(set(data.sources)):
+        if data.sources.count(source) == 1:
+            of = f" of {source}" if source else ""
+            raise ValueError(
+                f"{data.captions_file} has a single image{of}, for which CIDEr-D is always 0: add "
+                "images, or choose --best-by loss"
+            )
 
 
 def score_sources(candidates, data):

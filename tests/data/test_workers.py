@@ -98,6 +98,7 @@ def test_killed_worker():
         list(get_loader(dataset, "val", 2, num_workers=2))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # DataLoader's
 def test_workers_that_cannot_start(monkeypatch):
     """If the machine refuses the workers, the error says why and what to do."""
 

@@ -99,7 +99,7 @@ def test_scores(capsys):
     rouge = [naive_rouge(*pair) for pair in zip(candidates, truth, strict=True)]
     cider = [naive_cider(words, row, truth) for row, words in enumerate(candidates)]
     scores, per_image = caption_scores(CANDIDATES, REFERENCES)
-    assert scores.pop("tokenizer") == TOKENIZER
+    assert scores.pop("tokenizer") == TOKENIZER and scores.pop("notes")
     assert scores == pytest.approx({**bleu, "ROUGE-L": sum(rouge) / 3, "CIDEr-D": sum(cider) / 3})
     assert per_image == pytest.approx(cider) and max(cider) > 1
     assert capsys.readouterr() == ("", "")
@@ -115,6 +115,36 @@ def test_best_and_worst_captions(candidates, expected):
     for name in ("BLEU-1", "BLEU-4", "ROUGE-L"):
         assert scores[name] == pytest.approx(expected)
     assert (scores["CIDEr-D"] > 0) == expected
+
+
+@pytest.mark.parametrize(
+    "candidates, references, expected",
+    [
+        (["a dog"], [["a dog", "the dog"]], "one image is 0 by construction"),
+        (CANDIDATES, REFERENCES, "CIDEr-D of 3 images, fewer than 100, is too high"),
+        (["", "...", "a dog"], REFERENCES, "2 of 3 captions are empty"),
+        (["a dog", "a cat"], [["a dog"], ["a cat"]], "one reference per image"),
+    ],
+)
+def test_notes(candidates, references, expected):
+    """Numbers that mean less than they seem to come with a sentence that says why."""
+    scores, _ = caption_scores(candidates, references)
+    assert any(expected in note for note in scores["notes"])
+    assert (scores["CIDEr-D"] is None) == (len(candidates) == 1)
+
+
+def test_no_notes():
+    """A hundred images with several references and captions with words need no sentence."""
+    scores, _ = caption_scores(["a dog"] * 100, [["a dog", "a cat"]] * 100)
+    assert "notes" not in scores
+
+
+def test_references_without_words():
+    """References without a word do not count, and an image without others is named."""
+    with_emoji, _ = caption_scores(CANDIDATES, [[*texts, "\U0001f436!"] for texts in REFERENCES])
+    assert with_emoji == caption_scores(CANDIDATES, REFERENCES)[0]
+    with pytest.raises(ValueError, match=r"image 1 have no words: \['\.\.\.'\]"):
+        caption_scores(["a dog", "a cat"], [["a dog"], ["..."]])
 
 
 @pytest.mark.parametrize(
