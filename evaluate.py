@@ -4,8 +4,10 @@
     python evaluate.py runs/0/best.pt val2017 --captions C --ensemble runs/1/best.pt runs/2/best.pt
 
 Prints the metrics as JSON. `--instances` adds CHAIR, the share of captions that name an object
-that is not in the picture. `--results` also writes the captions in COCO's results format, exactly
-`[{"image_id": .., "caption": ..}]`. Images without reference captions: see caption.py.
+that is not in the picture; `--retrieval`, how often the right caption of an image, and the right
+image of a caption, are among the first 1, 5 and 10 of those that the model ranks. `--results` also
+writes the captions in COCO's results format, exactly `[{"image_id": .., "caption": ..}]`. Images
+without reference captions: see caption.py.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from captioning.decoding.ensemble import Ensemble
 from captioning.decoding.generate import DecodingOptions
 from captioning.scoring.chair import chair, objects_of
 from captioning.scoring.evaluation import evaluate_split
+from captioning.scoring.retrieval import retrieval
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from model import CaptionModel
 
@@ -49,6 +52,10 @@ def run(args) -> dict:
     metrics, captions = evaluate_split(model, loader, images, **vars(options))
     if objects is not None:
         metrics |= chair(captions, data.captions, objects)
+    if args.retrieval:
+        rows = range(args.retrieval, len(data))
+        first = data.without(set(rows))
+        metrics |= retrieval(model, ImageDataset(first, features=features))
     if args.results:
         write_results(args.results, data.image_ids, captions)
     return {"models": len(models), **metrics}
@@ -67,6 +74,7 @@ def parse_args(arguments=None) -> argparse.Namespace:
     parser.add_argument("images", help="folder of images")
     parser.add_argument("--captions", required=True, help="their captions, in COCO's format")
     parser.add_argument("--instances", help="their instance annotations, in COCO's format")
+    parser.add_argument("--retrieval", type=int, default=0, help="recall among so many images")
     parser.add_argument("--results", help="file for the captions, in COCO's results format")
     parser.add_argument("--ensemble", nargs="+", default=[], help="checkpoints to average with")
     add_arguments(parser, DecodingOptions)

@@ -130,6 +130,19 @@ class NaiveAttentionDecoder(NaiveDecoder):
         return embeddings @ hidden + self.weights["linear.bias"], [first, second], attention
 
 
+def at_least(language_model, min_len):
+    """The language model in which no caption ends before it has `min_len` words."""
+
+    def constrained(tokens):
+        log_probs = language_model(tokens).copy()
+        if len(tokens) < min_len:
+            log_probs[END] = -np.inf
+            log_probs = log_softmax(log_probs)
+        return log_probs
+
+    return constrained
+
+
 class Hypothesis(NamedTuple):
     tokens: list
     log_probs: list  # of each token

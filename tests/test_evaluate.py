@@ -170,3 +170,10 @@ def test_instances(evaluate, shared_dataset, tmp_path):
     references = CocoCaptions(shared_dataset / "images", shared_dataset / "captions.json").captions
     expected = chair(captions, references, [set()] * len(captions))
     assert {name: metrics[name] for name in expected} == expected
+
+
+def test_retrieval(evaluate, shared_dataset):
+    """--retrieval adds the recalls among the first images."""
+    metrics, _ = evaluate("--retrieval", 3)
+    assert metrics["retrieval images"] == 3 and metrics["text-to-image recall@5"] == 1
+    assert metrics["image-to-text recall@1"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)

@@ -54,11 +54,13 @@ def page(model, examples=()):
             method = gr.Radio([BEAM, SAMPLING], value=BEAM, label="Decoding", min_width=280)
             beam = gr.Slider(1, 10, 5, step=1, label="Beam size", elem_id="beam")
             heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature", visible=False)
+            shortest = gr.Slider(0, 15, 0, step=1, label="Minimum words", elem_id="min-len")
         results = gr.HTML(elem_id="results")
-        options = [method, beam, heat]
+        options = [method, beam, heat, shortest]
 
-        def caption(paths, method, beam_size, temperature):
-            return cards(model, paths, method, int(beam_size), temperature)  # a client can send 2.5
+        def caption(paths, method, beam_size, temperature, min_len):
+            # A client can send 2.5.
+            return cards(model, paths, method, int(beam_size), temperature, int(min_len))
 
         def add(paths, *options):
             return None, paths, caption(paths, *options)

@@ -22,19 +22,23 @@ BEAM, SAMPLING = "beam search", "sampling"
 UNSURE = 0.4  # captions of lower confidence are called unsure
 
 
-def describe(model, image, method=BEAM, beam_size=5, temperature=1.0) -> Captioned:
+def describe(model, image, method=BEAM, beam_size=5, temperature=1.0, min_len=0) -> Captioned:
     """Caption an image (path or PIL image) in several ways, all different.
 
     method: "beam search" returns the captions in the order of their scores; "sampling" returns
-        ALTERNATIVES sampled captions, the most probable one first.
+        ALTERNATIVES sampled captions, the most probable one first. min_len: words of a caption at
+        least.
 
     Raises BadImageError, or ValueError for an option that the decoder refuses.
     """
     attends = model.config.inject == "attend"
     if method == BEAM:
         n_best = min(beam_size, ALTERNATIVES)
-        return next(model.describe(image, attends, beam_size=beam_size, n_best=n_best))
-    samples = list(model.describe([image] * ALTERNATIVES, attends, temperature=temperature))
+        return next(
+            model.describe(image, attends, beam_size=beam_size, n_best=n_best, min_len=min_len)
+        )
+    drawn = {"temperature": temperature, "min_len": min_len}
+    samples = list(model.describe([image] * ALTERNATIVES, attends, **drawn))
     samples.sort(key=lambda sample: sample.scores, reverse=True)
     captions = dict.fromkeys(caption for sample in samples for caption in sample.captions)
     return samples[0]._replace(captions=list(captions))

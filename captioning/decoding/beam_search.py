@@ -11,7 +11,7 @@ LENGTH_PENALTY = 0.7  # between the sum (0) and the mean (1) of the log-probabil
 
 @torch.no_grad()
 def beam_search(
-    decoder, memory, beam_size=3, max_len=20, length_penalty=LENGTH_PENALTY, n_best=1
+    decoder, memory, beam_size=3, max_len=20, length_penalty=LENGTH_PENALTY, n_best=1, min_len=0
 ) -> Decoded:
     """The `n_best` most probable captions that a beam search finds for each image.
 
@@ -20,7 +20,8 @@ def beam_search(
     The beam of an image holds the `beam_size` most probable prefixes. A caption that ends leaves
     the beam; the ended captions are ranked by log-probability / length ** length_penalty (Wu et
     al., 2016, arXiv:1609.08144, without their constants), where the length includes `<end>`.
-    Prefixes that have not ended after `max_len` tokens rank below all captions that have.
+    Prefixes that have not ended after `max_len` tokens rank below all captions that have. None ends
+    before it has `min_len` words.
 
     Raises ValueError if the model computes NaN.
     """
@@ -33,7 +34,7 @@ def beam_search(
     for t in range(max_len):
         k = beam.scores.size(1)
         logits, state, attention = decoder.step(words, state, memory)  # (A * K, V)
-        beam, parent = extend(beam, word_log_probs(logits), attention, t, beam_size)
+        beam, parent = extend(beam, word_log_probs(logits, t >= min_len), attention, t, beam_size)
 
         penalized = beam.scores / (t + 1) ** length_penalty
         candidates = beam._replace(scores=penalized.masked_fill(~beam.ended, -torch.inf))

@@ -13,6 +13,7 @@ from captioning.base.modules import eval_mode
 from captioning.data.images import BadImageError
 from captioning.decoding.decoded import Decoded
 from captioning.decoding.generate import DecodingOptions, generate
+from captioning.decoding.likelihood import log_probabilities
 
 
 class Captioned(NamedTuple):
@@ -108,6 +109,24 @@ class Captioner:
         confidence = self.confidence(encoded, decoded).to(decoded.scores.device)
         order = confidence.topk(wanted.n_best).indices
         return decoded._replace(confidence=confidence).take(order).trimmed()
+
+    @usual_defaults()
+    def score(self, images, captions):
+        """The log-probabilities of given captions, (N, M): of M captions for each of N images.
+
+        images: an image (path or PIL image) or an iterable of images. captions: a string or a list
+        of strings. The log-probabilities are in nats, summed over the words and `<end>`; a word
+        outside the vocabulary counts as `<unk>`. Raises BadImageError.
+        """
+        one = isinstance(images, (str, Path, Image.Image))
+        captions = [captions] if isinstance(captions, str) else captions
+        encoded_captions, rows = [self.vocab.encode(text) for text in captions], []
+        with eval_mode(self):
+            for image in [images] if one else images:
+                with self.autocast():
+                    encoded = self.encode(self.preprocess([image]))
+                    rows.append(log_probabilities(self.decoder, encoded, encoded_captions))
+        return torch.cat(rows)
 
     def decode(self, decoded: Decoded) -> list[list[str]]:
         """Token ids (B, N, L) as N captions for each of B images; fewer, if fewer were found."""

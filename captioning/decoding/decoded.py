@@ -71,14 +71,14 @@ class Decoded(NamedTuple):
         return [x[:n].reshape(n, *shape) for x, n in zip(maps, words.tolist(), strict=True)]
 
 
-def word_log_probs(logits):
+def word_log_probs(logits, may_end=True):
     """Log-probabilities of the words that may be generated: (B, V) -> (B, V), float32.
 
-    Those of `<pad>`, `<start>` and `<unk>` are -inf, and the others are normalized without them.
-    Raises ValueError if the model computes NaN.
+    Those of `<pad>`, `<start>` and `<unk>` are -inf, unless `may_end` also that of `<end>`, and the
+    others are normalized without them. Raises ValueError if the model computes NaN.
     """
     logits = logits.to(torch.float32, copy=True)
-    logits[:, [PAD, START, UNK]] = -torch.inf
+    logits[:, [PAD, START, UNK] if may_end else [PAD, START, UNK, END]] = -torch.inf
     log_probs = logits.log_softmax(-1)
     if log_probs[:, END].isnan().any():  # softmax propagates a NaN to all words
         raise ValueError("the model computes NaN: its weights or the features are damaged")

@@ -22,6 +22,7 @@ class DecodingOptions:
         LENGTH_PENALTY, "rank by log-probability / length ** this", at_least=0, below=100
     )
     max_len: int = option(20, "words of a caption, <end> included", at_least=1)
+    min_len: int = option(0, "words of a caption at least, without <end>", at_least=0)
     temperature: float = option(0.0, "above 0: sample words, without beam search", at_least=0)
 
     def __post_init__(self):
@@ -30,6 +31,8 @@ class DecodingOptions:
             raise ValueError("temperature must be 0 (no sampling), or between 1e-40 and 1e30")
         if self.temperature and (self.beam_size or self.n_best > 1):
             raise ValueError("a temperature samples words: it cannot be combined with a beam")
+        if self.min_len >= self.max_len:
+            raise ValueError(f"min_len {self.min_len} needs a max_len above it for the <end>")
         if self.beam_size is None and not self.temperature:
             self.beam_size = max(3, self.n_best)
         if self.beam_size and self.n_best > self.beam_size:
@@ -43,10 +46,9 @@ def generate(decoder, features, generator=None, **options) -> Decoded:
     which raises ValueError if they contradict each other. generator: a torch.Generator for
     sampling.
     """
-    options = DecodingOptions(**options)
+    o = DecodingOptions(**options)
     memory = decoder.memory(features)
-    if options.temperature:
-        return sample(decoder, memory, options.max_len, options.temperature, generator)
-    return beam_search(
-        decoder, memory, options.beam_size, options.max_len, options.length_penalty, options.n_best
-    )
+    if o.temperature:
+        return sample(decoder, memory, o.max_len, o.temperature, generator, o.min_len)
+    ranking = o.length_penalty, o.n_best, o.min_len
+    return beam_search(decoder, memory, o.beam_size, o.max_len, *ranking)

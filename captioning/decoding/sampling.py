@@ -8,7 +8,7 @@ from captioning.decoding.decoded import Decoded, word_log_probs
 
 
 @torch.no_grad()
-def sample(decoder, memory, max_len=20, temperature=1.0, generator=None) -> Decoded:
+def sample(decoder, memory, max_len=20, temperature=1.0, generator=None, min_len=0) -> Decoded:
     """One sampled caption per image: each word is drawn from softmax(log-probability /
     temperature).
 
@@ -23,9 +23,9 @@ def sample(decoder, memory, max_len=20, temperature=1.0, generator=None) -> Deco
     last = torch.full((batch,), START, device=device)  # (B,)
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     tokens, log_probs, attentions = [], [], []
-    for _ in range(max_len):
+    for t in range(max_len):
         logits, state, attention = decoder.step(last, state, memory)
-        distribution = word_log_probs(logits)  # (B, V)
+        distribution = word_log_probs(logits, t >= min_len)  # (B, V)
         # Relative to the maximum, so that a temperature close to 0 does not overflow.
         relative = (distribution - distribution.amax(1, keepdim=True)) / temperature
         last = torch.multinomial(relative.softmax(-1), 1, generator=generator).squeeze(1)

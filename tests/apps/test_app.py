@@ -113,7 +113,8 @@ def event(server, path, *options, fn_index=0, data=None):
     """(status, everything that the server answers) for an event with a file at `path`."""
     session = f"session{time.time_ns()}"
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    data = data or [[file], *(options or ["beam search", 5, 1.0])]
+    options = [*options, *["beam search", 5, 1.0, 0][len(options) :]]
+    data = data or [[file], *options]
     body = json.dumps({"data": data, "fn_index": fn_index, "session_hash": session})
     status, answer = request(server, "POST", "/gradio_api/queue/join", body.encode())
     if status == 200:
@@ -134,7 +135,8 @@ def test_another_host_name(server):
 
 
 OPTIONS = """"", 5, 1|"beam search", 0, 1|"beam search", 11, 1|"beam search", NaN, 1|
-    "sampling", 5, 0|"sampling", 5, 1e9|"sampling", 5, NaN"""
+    "sampling", 5, 0|"sampling", 5, 1e9|"sampling", 5, NaN|"beam search", 5, 1, -1|
+    "beam search", 5, 1, 16"""
 
 
 def test_options_out_of_range(server, photos):

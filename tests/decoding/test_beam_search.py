@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import Bigrams, assert_equal, language_models, random_decoder
-from naive import END, Hypothesis
+from naive import END, Hypothesis, at_least
 from naive import beam_search as naive_beam_search
 
 from captioning.decoding.beam_search import beam_search
@@ -29,6 +29,20 @@ def test_beam_search(inject, length_penalty):
         decoded = decoder.sample(features, beam_size, **options)
         assert decoded.tokens.shape[:2] == (4, n_best)
         assert_equal(decoded, searches, length_penalty)
+
+
+@pytest.mark.parametrize("min_len", [1, 3, 7])
+def test_min_len(min_len):
+    """With `min_len` the search equals a naive one in which shorter captions have no <end>."""
+    for seed in range(8):
+        decoder, features = random_decoder(seed, vocab_size=9)
+        searches = [
+            naive_beam_search(at_least(model, min_len), 3, 8, 0.7, 2)
+            for model in language_models(decoder, features)
+        ]
+        decoded = decoder.sample(features, 3, max_len=8, min_len=min_len, n_best=2)
+        assert_equal(decoded, searches)
+        assert (decoded.tokens[:, :, :min_len] > END).all()
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from decoders import assert_equal, language_models, random_decoder, uncertain_decoder
-from naive import END, Hypothesis, greedy, log_softmax
+from naive import END, Hypothesis, at_least, greedy, log_softmax
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -37,15 +37,17 @@ def test_frequencies(temperature):
     assert len(expected) <= 31 and chi_square < 90
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_log_probs(temperature):
-    """`log_probs` are the model's own at any temperature, `scores` their sums."""
+@pytest.mark.parametrize("temperature, min_len", [(0.5, 0), (1.0, 0), (2.0, 0), (1.0, 3)])
+def test_log_probs(temperature, min_len):
+    """`log_probs` are the model's own at any temperature, `scores` their sums; with `min_len` they
+    are those of a model that does not end before.
+    """
     decoder, features = uncertain_decoder(images=50)
-    decoded = decoder.sample(features, max_len=6, temperature=temperature)
+    decoded = decoder.sample(features, max_len=6, temperature=temperature, min_len=min_len)
     searches = []
     rows = decoded.tokens[:, 0].tolist()
     for model, row in zip(language_models(decoder, features), rows, strict=True):
-        tokens = [token for token in row if token]
+        tokens, model = [token for token in row if token], at_least(model, min_len)
         log_probs = [model(tokens[:t])[token] for t, token in enumerate(tokens)]
         searches.append(([Hypothesis(tokens, log_probs)], np.inf))
     assert_equal(decoded, searches, length_penalty=0)
