@@ -2,6 +2,7 @@
 
     python scripts/run_notebooks.py                 # executed copies in runs/notebooks
     python scripts/run_notebooks.py --in-place      # update the committed notebooks themselves
+    python scripts/run_notebooks.py --in-place 2_Training
     python scripts/run_notebooks.py -p 'OPTIONS={"epochs": 1}' -p 'RUN_DIR="runs/quick"'
 
 `-p NAME=VALUE` (a Python literal) overrides a parameter of every notebook that has it. The first
@@ -44,11 +45,11 @@ def execute(notebook, name):
     for cell in filter(lambda cell: cell.cell_type == "code", notebook.cells):
         # Of a progress bar that erased itself, the spaces remain.
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
-        alt = re.match(r"# alt: (.*(?:\n#.*)*)", cell.source)  # a comment of one or several lines
+        alt = cell.metadata.get("alt")
         for output in (o for o in cell.outputs if "image/png" in o.get("data", {})):
             kind, figure = compress(output.data.pop("image/png"))
             output.data[kind] = figure
-            output.metadata = {kind: {"alt": alt[1].replace("\n#", "")}} if alt else {}
+            output.metadata = {kind: {"alt": alt}} if alt else {}
 
 
 def compress(figure):
@@ -87,12 +88,14 @@ def parameter(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help="such as 2_Training; default: all five, in order")
     parser.add_argument("-p", dest="parameters", action="append", default=[], type=parameter)
     parser.add_argument("--in-place", action="store_true", help="overwrite the notebooks")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "notebooks")
     arguments = parser.parse_args()
     parameters = dict(arguments.parameters)
-    notebooks = {name: nbformat.read(ROOT / f"{name}.ipynb", as_version=4) for name in NOTEBOOKS}
+    names = arguments.names or NOTEBOOKS
+    notebooks = {name: nbformat.read(ROOT / f"{name}.ipynb", as_version=4) for name in names}
     known = set.union(*(override(notebook, parameters) for notebook in notebooks.values()))
     if unknown := parameters.keys() - known:
         parser.error(f"no notebook has a parameter {', '.join(sorted(unknown))}")
@@ -102,6 +105,8 @@ def main():
     for name, notebook in notebooks.items():
         execute(notebook, name)
         nbformat.write(notebook, out / f"{name}.ipynb")
+    if arguments.names:
+        return
     folder = Path(ROOT, parameters.get("RUN_DIR", "runs/synthetic"))
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     photos = json.loads((folder / "photo_captions.json").read_text(encoding="utf-8"))
