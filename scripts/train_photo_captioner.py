@@ -6,8 +6,8 @@
 two folders, flickr8k and coco, with images/ and annotations/captions_{train,val}.json in each.
 
 First the decoder is trained as a language model, on caption_text.txt, then with the photographs of
-both folders. The best epoch is the one with the highest mean of the CIDEr-D on both sets of
-validation photographs. On these, the confidence is calibrated at last. Three other models, trained
+both folders. The model of the last epoch is kept, in which the learning rate has fallen to zero. On
+the validation photographs of both folders, its confidence is calibrated. Three other models, trained
 on the same photographs, are compared with it in a history, which the notebooks show. The command
 continues after an interruption.
 """
@@ -109,9 +109,9 @@ def train_language_model(config, text_file):
     fit(Run(config, model, loss, optimizer, train_loader, get_loader(held_out, "val", 512)))
 
 
-def calibrated(best, data, files, cache_dir) -> CaptionModel:
+def calibrated(checkpoint, data, files, cache_dir) -> CaptionModel:
     """The model of a checkpoint, with a confidence that is fitted on the validation photographs."""
-    model, images = CaptionModel.from_checkpoint(best), []
+    model, images = CaptionModel.from_checkpoint(checkpoint), []
     for split in ("train", "val"):
         captions = CocoCaptions(data, files[split])
         features = evaluate.features_of(model, captions, cache_dir)
@@ -168,18 +168,18 @@ def main():
         flags += [f"--{split}-images", args.data, f"--{split}-captions", file]
     new = [*flags, "--weights", args.weights]
 
-    text, best = args.out / "language_model", args.out / "photographs" / "best.pt"
+    text, last = args.out / "language_model", args.out / "photographs" / "last.pt"
     command = [*map(str, new), *ATTEND.split(), "--out", str(text)]
     config = replace(train.parse_args(command), **TEXT)
     train_language_model(config, args.data / "caption_text.txt")
     photos = sorted((Path(__file__).parent.parent / "photos").glob("*.jpg"))
-    start = [*flags, "--init-from", text / "best.pt", "--out", best.parent, *ATTEND.split()]
+    start = [*flags, "--init-from", text / "best.pt", "--out", last.parent, *ATTEND.split()]
     train_photographs([*start, *CROSS_ENTROPY.split()], photos)
     for name, options in COMPARED.items():
-        start = [*flags, "--init-from", best] if name == "self-critical" else new
+        start = [*flags, "--init-from", last] if name == "self-critical" else new
         train_photographs([*start, "--out", args.out / name, *options.split()], photos)
 
-    model = calibrated(best, args.data, files, args.cache_dir)
+    model = calibrated(last, args.data, files, args.cache_dir)
     save(model.checkpoint(), args.out / "calibrated.pt")
     card = json.loads((Path(__file__).parent / "photo_captioner_card.json").read_text())
     export(args.out / "calibrated.pt", args.target, card)  # half precision changes the scores
