@@ -6,10 +6,10 @@
 two folders, flickr8k and coco, with images/ and annotations/captions_{train,val}.json in each.
 
 First the decoder is trained as a language model, on caption_text.txt, then with the photographs of
-both folders. The model of the last epoch is kept, in which the learning rate has fallen to zero. On
-the validation photographs of both folders, its confidence is calibrated. Three other models, trained
-on the same photographs, are compared with it in a history, which the notebooks show. The command
-continues after an interruption.
+both folders. The model of the last epoch is kept, in which the learning rate has fallen to zero.
+Its confidence is calibrated on the validation photographs of both folders. Three other models,
+trained on the same photographs, are compared with it in a history, which the notebooks show. The
+command continues after an interruption.
 """
 
 import argparse
