@@ -13,7 +13,6 @@ import numpy as np
 
 from captioning.data.coco import read_captions, write_captions
 from captioning.figures.plots import bars
-from captioning.figures.training import best_of
 from captioning.scenes.dataset import DESCRIPTION
 from captioning.scenes.mistakes import is_wrong
 from captioning.scoring.evaluation import score_sources
@@ -26,18 +25,6 @@ def count_right(captions, data):
     pairs = zip(captions, data.captions, strict=True)
     right = sum(not is_wrong(caption, actual[0]) for caption, actual in pairs)
     return f"{right} of {len(captions)}"
-
-
-def best_epochs(histories):
-    """A line of text for the best epoch, by CIDEr-D, of each {name: history}."""
-    lines = []
-    for name, history in histories.items():
-        best = best_of(history, "val_cider")
-        lines.append(
-            f"{name:14s} best epoch {best['epoch']:2d}   CIDEr-D {best['val_cider']:.3f}   "
-            f"perplexity {best['val_perplexity']:5.2f}   distinct {best['val_distinct']:.0%}"
-        )
-    return "\n".join(lines)
 
 
 def most_improved(first, last, data):

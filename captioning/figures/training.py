@@ -35,6 +35,18 @@ def best_of(history, name):
     return choose(history, key=lambda line: line[name])
 
 
+def best_epochs(histories):
+    """A line of text for the best epoch, by CIDEr-D, of each {name: history}."""
+    lines = []
+    for name, history in histories.items():
+        best = best_of(history, "val_cider")
+        lines.append(
+            f"{name:14s} best epoch {best['epoch']:2d}   CIDEr-D {best['val_cider']:.3f}   "
+            f"perplexity {best['val_perplexity']:5.2f}   distinct {best['val_distinct']:.0%}"
+        )
+    return "\n".join(lines)
+
+
 def learning_curves(history):
     """The perplexity and the CIDEr-D side by side."""
     _, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")

@@ -6,25 +6,8 @@ from pathlib import Path
 from conftest import tiny_config
 
 from captioning.data.coco import CocoCaptions
-from captioning.figures.comparison import (
-    best_epochs,
-    count_right,
-    first_images,
-    most_improved,
-    perplexity_bars,
-)
+from captioning.figures.comparison import count_right, first_images, most_improved, perplexity_bars
 from captioning.scenes.dataset import write_synthetic
-
-
-def test_best_epochs():
-    """The best epoch is that with the highest CIDEr-D."""
-    lines = [
-        {"epoch": epoch, "val_cider": cider, "val_perplexity": 14.0, "val_distinct": 0.8}
-        for epoch, cider in ((1, 0.4), (2, 0.6), (3, 0.5))
-    ]
-    first, second = best_epochs({"par": lines, "init": lines[:1]}).split("\n")
-    assert first.startswith("par") and "best epoch  2   CIDEr-D 0.600" in first
-    assert second.startswith("init") and "best epoch  1" in second
 
 
 def test_most_improved(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from captioning.figures.training import (
+    best_epochs,
     best_of,
     cider_curves,
     learning_curves,
@@ -75,3 +76,14 @@ def test_reward_curves():
 def test_best_of():
     assert best_of(HISTORY, "val_perplexity")["epoch"] == 1
     assert best_of(HISTORY, "val_cider")["epoch"] == 2
+
+
+def test_best_epochs():
+    """The best epoch is that with the highest CIDEr-D."""
+    lines = [
+        {"epoch": epoch, "val_cider": cider, "val_perplexity": 14.0, "val_distinct": 0.8}
+        for epoch, cider in ((1, 0.4), (2, 0.6), (3, 0.5))
+    ]
+    first, second = best_epochs({"par": lines, "init": lines[:1]}).split("\n")
+    assert first.startswith("par") and "best epoch  2   CIDEr-D 0.600" in first
+    assert second.startswith("init") and "best epoch  1" in second
