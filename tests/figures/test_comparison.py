@@ -6,8 +6,24 @@ from pathlib import Path
 from conftest import tiny_config
 
 from captioning.data.coco import CocoCaptions
-from captioning.figures.comparison import count_right, first_images, most_improved, perplexity_bars
+from captioning.figures.comparison import (
+    FLICKR8K_REWARDED,
+    count_right,
+    first_images,
+    most_improved,
+    perplexity_bars,
+)
 from captioning.scenes.dataset import write_synthetic
+
+
+def test_rewarded_history():
+    """Every line is a row of the table in docs/flickr8k.md."""
+    page = Path(__file__).parents[2].joinpath("docs", "flickr8k.md").read_text(encoding="utf-8")
+    for line in FLICKR8K_REWARDED:
+        reward = f"{line['train_reward']:.2f}" if "train_reward" in line else ""
+        start = f"| {line['epoch']} | {reward} | {line['val_cider']:.3f} ".replace("|  |", "| |")
+        (row,) = (row for row in page.splitlines() if row.startswith(start))
+        assert f"| {line['val_perplexity']:.1f} |" in row
 
 
 def test_most_improved(tmp_path):
