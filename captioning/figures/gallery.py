@@ -14,7 +14,7 @@ from PIL import Image
 from captioning.base.tokens import split_words
 
 INK, FADED, GREEN, RED, GLOW = "#1b1f24", "#6b7280", "#2e7d4f", "#b3452c", "#ff8c1a"
-WIDTH, GAP = 12.8, 0.22  # of a figure and between its pictures, in inches
+WIDTH, GAP = 11.8, 0.2  # of a figure and between its pictures, in inches
 
 
 def wrap(text, width, size, weight="normal"):
@@ -70,7 +70,7 @@ def pictures(images, blocks, columns, side, beside=None):
     return axes
 
 
-def show_versions(photograph, captions, side=4.0):
+def show_versions(photograph, captions, side=2.8):
     """A photograph with several captions to its right: {label: caption}."""
     block = []
     for label, caption in captions.items():
@@ -78,8 +78,8 @@ def show_versions(photograph, captions, side=4.0):
     return pictures([photograph.image], [block], 1, side, WIDTH - side - 0.4)
 
 
-def attention_strip(photograph, columns=6, strongest=4.0):
-    """The photograph, and once more for each predicted word, coloured by the word's attention.
+def attention_strip(photograph, strongest=4.0):
+    """The photograph, and once more for each predicted word, coloured by its attention: two rows.
 
     The colour and the number are the attention of a position as a multiple of its mean over the
     words of the caption: no colour for 1 and less, the strongest from `strongest` on.
@@ -92,8 +92,10 @@ def attention_strip(photograph, columns=6, strongest=4.0):
         peak = f"up to {factor.max():.1f} ×"
         blocks.append([(word, 15, INK, "bold"), (peak, 12, FADED, "normal")])
     grey = Image.blend(image.convert("L").convert("RGB"), image, 0.25)
-    images, side = [image, *[grey] * len(words)], (WIDTH + GAP) / columns - GAP
-    axes = pictures(images, blocks, columns, side)
+    pale = Image.blend(grey, Image.new("RGB", image.size, "white"), 0.3)
+    columns = -(-len(blocks) // 2)
+    side = (WIDTH + GAP) / columns - GAP
+    axes = pictures([image, *[pale] * len(words)], blocks, columns, side)
     for ax, factor in zip(axes[1:], factors, strict=True):
         overlay = np.empty((*factor.shape, 4))
         overlay[..., :3] = to_rgb(GLOW)

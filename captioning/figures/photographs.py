@@ -15,7 +15,7 @@ from captioning.data.coco import CocoCaptions
 from captioning.data.images import centre_crop
 from captioning.figures.gallery import FADED, GAP, GREEN, INK, RED, WIDTH, pictures
 
-SIDE = 480  # of the images, in pixels
+SIDE = 320  # of the images, in pixels
 VERDICTS = {True: ("✓ right", GREEN), False: ("✗ wrong", RED), None: ("not judged", FADED)}
 
 

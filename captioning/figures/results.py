@@ -12,7 +12,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning.base.tokens import tokenize
 from captioning.data.images import load_image
-from captioning.figures.gallery import WIDTH
 from captioning.figures.plots import caption_grid
 from captioning.scenes.mistakes import Mistake, find_mistakes, wrong_words
 from captioning.scoring.metrics import caption_scores
@@ -72,6 +71,6 @@ def show_results(results, columns=4):
         notes,
         [result.wrong_words for result in results],
         columns,
-        WIDTH / columns,
-        size=14,
+        width=2.3,
+        size=11,
     )
