@@ -26,7 +26,26 @@ from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+# The first code cell of every notebook. It is written here alone; --in-place puts it there.
+SETUP = """\
+import os
+import subprocess
+import sys
+
+if not os.path.exists("captioning"):  # the notebook was opened alone, as on Colab or Kaggle
+    address = os.environ.get("REPOSITORY", "https://github.com/OWNER/coco-image-caption")
+    subprocess.run(["git", "clone", "--quiet", address, "coco-image-caption"], check=True)
+    os.chdir("coco-image-caption")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
+    subprocess.run(install, check=True)"""
 NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
+
+
+def put_setup(notebook):
+    """Replace the cell tagged "setup", or insert it behind the title."""
+    cells = notebook.cells
+    cells[:] = [cell for cell in cells if "setup" not in cell.metadata.get("tags", [])]
+    cells.insert(1, nbformat.v4.new_code_cell(SETUP, metadata={"tags": ["setup"]}, id="setup"))
 
 
 def execute(notebook, name):
@@ -103,6 +122,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # it prints a warning
     for name, notebook in notebooks.items():
+        put_setup(notebook)
         execute(notebook, name)
         nbformat.write(notebook, out / f"{name}.ipynb")
     if arguments.names:

@@ -1,4 +1,4 @@
-"""Train and evaluate the rows of the README's table of synthetic scenes, and print the table.
+"""Train and evaluate the rows of the table in docs/scenes.md, and print the table.
 
     python scripts/scenes_table.py    # par and attend, three seeds: six minutes on one core
     python scripts/scenes_table.py --seeds 0 --rows attend

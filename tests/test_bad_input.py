@@ -188,6 +188,15 @@ def test_too_many_pixels(fails, monkeypatch, limit):
     assert "11.jpg" in fails(image_size=32)
 
 
+def test_one_validation_image(dataset, fails, content):
+    """The best epoch by CIDEr-D needs at least two validation images, which the error says."""
+    image = content["images"][0]
+    own = [x for x in content["annotations"] if x["image_id"] == image["id"]]
+    (dataset / "one.json").write_text(json.dumps({"images": [image], "annotations": own}))
+    error = fails(val_captions=str(dataset / "one.json"), best_by="cider")
+    assert "one.json has a single image" in error and "--best-by loss" in error
+
+
 # ---------------------------------------------------------------------------- options
 
 

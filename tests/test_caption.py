@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 
 from caption import main
 from captioning.base.checkpoints import save
-from captioning.data.images import BadImageError
+from captioning.data.images import BadImageError, open_image
 from captioning.figures import plots
 from captioning.scoring.confidence import Confidence
 from model import CaptionModel
@@ -308,7 +308,7 @@ def test_files_are_read_batch_by_batch(model, photos, monkeypatch):
     """
     Path("bad.jpg").write_text("text")
     paths, bad = [photos[0], "bad.jpg", *photos[1:4], "nowhere.jpg"], []
-    with mock.patch("captioning.data.images.Image.open", wraps=Image.open) as opened:
+    with mock.patch("captioning.data.images.open_image", wraps=open_image) as opened:
         captions = model.describe(paths, on_bad=bad.append, batch_size=4, beam_size=3)
         found = [next(captions).captions[0] for _ in range(3)]
         assert [call.args[0].name for call in opened.call_args_list] == paths[:4]

@@ -9,7 +9,7 @@ SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unk>")  # the first words of ev
 PAD, START, END, UNK = range(4)  # their indices
 
 # Scripts that are written without spaces: Chinese, Japanese, Thai, Lao, Khmer, Burmese.
-NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\u30FC\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+NO_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\u30FC\uFF70\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 
 # A word is a run of letters and digits, with inner hyphens and apostrophes ("t-shirt", "don't").
 # The possessive 's is a word of its own, as in the Penn Treebank, so that "dog's" needs no entry

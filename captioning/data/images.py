@@ -20,6 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TO_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
 MAX_ASPECT_RATIO = 50  # resizing a longer and thinner image would take gigabytes
 MAX_JPEG_PIXELS = 300e6  # of a file that is decoded at a reduced size
+TIFF_PHOTOMETRIC = 262  # the tag that says whether 0 is black (1) or white (0)
 # Errors of the machine, not of the file: too many open files (of the process, of all), no memory.
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Values of white in grey images of 8, 10, 12, 14, 15 (signed) and 16 bits, and in those of floats.
@@ -90,11 +91,14 @@ def open_image(file, min_size=None, max_pixels=MAX_JPEG_PIXELS) -> Image.Image:
 
 
 def _upright_rgb(image) -> Image.Image:
+    white_is_zero = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == 0
     image = ImageOps.exif_transpose(image)
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels is too long and thin")
     if image.mode.startswith(("I", "F")):  # 16 bits or more: convert() would saturate
         image = _to_8_bits(image)
+        if white_is_zero:  # Pillow inverts images of 8 bits itself
+            image = ImageOps.invert(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

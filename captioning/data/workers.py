@@ -5,6 +5,7 @@ lost: where shared memory is small, as in a container, the training process wait
 """
 
 import os
+import re
 import sys
 
 import torch
@@ -42,18 +43,20 @@ class WorkerLoader(DataLoader):
                     batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                # Errors of the dataset remain what they are.
-                if not self.num_workers or str(error).startswith("Caught "):
+            except (RuntimeError, MemoryError) as error:
+                lines = str(error).splitlines() or [repr(error)]
+                of_dataset = lines[0].startswith("Caught ")  # an exception in a worker
+                out_of_memory = re.search("memory", lines[-1], re.IGNORECASE)
+                if not self.num_workers or of_dataset and not out_of_memory:
                     raise
-                raise self.error("ended unexpectedly", error) from error
+                raise self.error("ended unexpectedly", lines[-1 if of_dataset else 0]) from error
             yield batch
 
-    def error(self, problem, error):
-        reason = str(error).splitlines()[0].rstrip(". ")
+    def error(self, problem, reason):
         return WorkerError(
-            f"the {self.num_workers} data-loading workers {problem} ({reason}), perhaps for lack "
-            "of memory, shared memory or open files: use fewer --num-workers, or none"
+            f"the {self.num_workers} data-loading workers {problem} ({str(reason).rstrip('. ')}), "
+            "perhaps for lack of memory, shared memory or open files: use fewer --num-workers, or "
+            "none"
         )
 
 

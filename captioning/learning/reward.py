@@ -25,7 +25,12 @@ class CiderD:
     """
 
     def __init__(self, references, n=4, sigma=6.0):
-        """references: for each image, a list of captions, each a list of word indices."""
+        """references: for each image, a list of captions, each a list of word indices.
+
+        Raises ValueError for a single image, with which every reward is 0.
+        """
+        if len(references) < 2:
+            raise ValueError("CIDEr-D as a reward needs captions of at least two training images")
         self.n, self.sigma, self.images = n, sigma, len(references)
         frequency = Counter()
         for captions in references:

@@ -26,7 +26,7 @@ SPECIAL = set(range(len(SPECIAL_TOKENS)))
 BATCH_SIZE = 64
 COMPONENTS = 96  # of the features, in which images are compared
 NEAREST, SHARPNESS = 20, 10.0  # similar training images; weight: exp(SHARPNESS * cosine)
-PRIOR = 0.3  # weight of log(share of similar images' captions / share of all captions)
+PRIOR = 0.2  # weight of log(share of similar images' captions / share of all captions)
 SMOOTHING, MAX_PRIOR = 0.01, 3.0  # added to both shares; limit of the logarithm
 RIDGE = 100.0  # in units of the predictors' variance over all captions
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from captioning.base.device import resolve_precision
-from captioning.data import extraction
+from captioning.data import extraction, images
 from captioning.data.extraction import (
     ReadableImages,
     extract_features,
@@ -60,8 +60,13 @@ def extract(cnn, tmp_path):
 @pytest.fixture
 def opened(monkeypatch):
     """The image files that are opened, in order."""
-    files, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda file: files.append(Path(file.name)) or original(file))
+    files, original = [], images.open_image
+
+    def recorded(file, *options):
+        files.append(Path(file.name))
+        return original(file, *options)
+
+    monkeypatch.setattr(images, "open_image", recorded)
     return files
 
 
@@ -273,15 +278,15 @@ def test_bad_images(cnn, extract, paths, small_shards):
 @pytest.mark.parametrize("skip_bad", [True, False])
 def test_image_that_recovers(cnn, extract, paths, monkeypatch, skip_bad):
     """An image that was temporarily unreadable is encoded by the next call that can read it."""
-    original, failing = Image.open, [paths[5]]
+    original, failing = images.open_image, [paths[5]]
 
-    def fail_once(file):
+    def fail_once(file, *options):
         if Path(file.name) in failing:
             failing.remove(Path(file.name))
             raise OSError("the network is down")
-        return original(file)
+        return original(file, *options)
 
-    monkeypatch.setattr(Image, "open", fail_once)
+    monkeypatch.setattr(images, "open_image", fail_once)
     if skip_bad:
         assert list(extract(paths, skip_bad=True)[1]) == [5]
     else:

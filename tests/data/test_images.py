@@ -63,11 +63,12 @@ def test_files_of_any_mode(tmp_path, image, suffix, expected):
 RAMP = np.linspace(0, 1, 2048).reshape(32, 64)
 
 
-def tiff(values, big_endian=False):
+def tiff(values, big_endian=False, photometric=1):
     """A TIFF file with one sample per pixel, of the type of `values`, as bytes."""
     order, kind = "<>"[big_endian], values.dtype.kind
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
-    tags = {256: values.shape[1], 257: values.shape[0], 258: 8 * values.itemsize, 259: 1, 262: 1}
+    tags = {256: values.shape[1], 257: values.shape[0], 258: 8 * values.itemsize, 259: 1}
+    tags |= {262: photometric}
     tags |= {273: 8, 277: 1, 278: values.shape[0], 279: len(data), 339: " uif".index(kind)}
     entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, x) for tag, x in tags.items())
     directory = struct.pack(order + "H", len(tags)) + entries + bytes(4)
@@ -101,6 +102,14 @@ def test_grey_values_of_any_range(tmp_path, dtype, low, high, big_endian):
     (tmp_path / "ramp.tif").write_bytes(tiff(values, big_endian))
     image = np.asarray(load_image(tmp_path / "ramp.tif"))
     np.testing.assert_allclose(image[..., 0], 255 * RAMP, atol=2)
+
+
+@pytest.mark.parametrize("dtype, white", [("u1", 255), ("u2", 65535), ("f4", 1)])
+def test_white_is_zero(tmp_path, dtype, white):
+    """In a TIFF that says that 0 is white, 0 is white."""
+    (tmp_path / "ramp.tif").write_bytes(tiff((RAMP * white).astype(dtype), photometric=0))
+    image = np.asarray(load_image(tmp_path / "ramp.tif"))
+    np.testing.assert_allclose(image[..., 0], 255 * (1 - RAMP), atol=2)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3.4e38])

@@ -110,6 +110,19 @@ def test_workers_that_cannot_start(monkeypatch):
         list(get_loader(Images(), "val", 2, num_workers=2))
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), RuntimeError("alloc_cpu: can't allocate memory: 9 bytes")]
+)
+def test_worker_without_memory(error):
+    """A worker that cannot allocate memory is an error that says what to do."""
+
+    def allocate(index):
+        raise error
+
+    with pytest.raises(WorkerError, match="ended unexpectedly .*memory.*fewer --num-workers"):
+        list(get_loader(Images(allocate), "val", 2, num_workers=2))
+
+
 def test_error_of_the_dataset_in_a_worker():
     """An error of the dataset itself remains what it is."""
 

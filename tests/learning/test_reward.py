@@ -59,3 +59,9 @@ def test_by_hand():
     expected = 10 * half**2 / (half**2 + quarter**2)  # words 5 and 7 against 5 and 6
     found = CiderD(references, n=1)([[[4, 5, 7, END], [4, 5, 6, END]]], references[:1])
     assert found[0] == pytest.approx([expected, 10])
+
+
+def test_reward_of_a_single_image():
+    """With the captions of one image every reward would be 0, which is refused."""
+    with pytest.raises(ValueError, match="at least two training images"):
+        CiderD([[[1, 4, 2]]])
