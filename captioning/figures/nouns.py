@@ -1,6 +1,6 @@
 """What the photographs show, and how often the training photographs of the captioner show it.
 
-training_photographs(model, ["pig", "pigs"])    # how many have a caption with one of the words
+len(training_photographs(model, ["pig", "pigs"]))   # a caption has one of the words
 noun_bars(main_nouns(model, photographs), total=8033)
 """
 
@@ -43,12 +43,12 @@ NOUNS = {
 }
 
 
-def training_photographs(model, words) -> int:
-    """The number of training photographs whose captions contain one of the words."""
+def training_photographs(model, words) -> set[int]:
+    """The numbers of the training photographs whose captions contain one of the words."""
     confidence = model.confidence  # it keeps the words of the training captions
     known = [model.vocab(word) for word in words if word in model.vocab.words]
     rows = torch.arange(len(confidence.counts)).repeat_interleave(confidence.counts.long())
-    return len(rows[torch.isin(confidence.words.long(), torch.tensor(known))].unique())
+    return set(rows[torch.isin(confidence.words.long(), torch.tensor(known))].tolist())
 
 
 class Noun(NamedTuple):
@@ -66,7 +66,8 @@ def main_nouns(model, photographs) -> list[Noun]:
     for photograph in photographs:
         words = NOUNS[photograph.name].split()
         named = bool(set(words) & set(split_words(photograph.predicted)))
-        found.append(Noun(words[0], photograph.image, training_photographs(model, words), named))
+        count = len(training_photographs(model, words))
+        found.append(Noun(words[0], photograph.image, count, named))
     return sorted(found, key=lambda noun: -noun.count)
 
 
