@@ -7,11 +7,15 @@ import numpy as np
 
 from captioning.figures.plots import GREY, RED
 from captioning.scenes.captions import SYNONYMS
-from captioning.scenes.scene import COLOURS, OBJECTS
+from captioning.scenes.scene import BACKGROUNDS, COLOURS, OBJECTS
 from captioning.scoring.chair import PHRASES
 from captioning.scoring.metrics import BAD_ENDINGS
 
-FUNCTION_WORDS = {*BAD_ENDINGS, "by", "there"}  # where these differ, the content does not
+# Where these words differ, the content does not: function words, and those with which the captions
+# of scenes describe the same background, such as "the dark city" and "the city at night".
+FUNCTION_WORDS = {*BAD_ENDINGS, "by", "there"}
+for background, (_, *phrases) in BACKGROUNDS.items():
+    FUNCTION_WORDS |= set(" ".join(phrases).split()) - {background}
 AFTER = 5  # the number of words, at least, that follow a noun that is replaced
 
 
@@ -39,7 +43,7 @@ def short_captions(dataset, vocab, nouns, count):
     return found
 
 
-def worst_substitution(dataset, vocab, run, count=10):
+def worst_substitution(dataset, vocab, run, count=20):
     """The row of a caption, and the captions that `run` returns for it and a wrong noun.
 
     All nouns of the vocabulary are tried in `count` short captions. The substitution is the one
