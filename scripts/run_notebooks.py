@@ -32,20 +32,22 @@ import os
 import subprocess
 import sys
 
-if not os.path.exists("captioning"):  # the notebook was opened alone, as on Colab or Kaggle
+if not os.path.exists("captioning"):  # opened alone, as on Colab or Kaggle
     address = os.environ.get("REPOSITORY", "https://github.com/OWNER/coco-image-caption")
-    subprocess.run(["git", "clone", "--quiet", address, "coco-image-caption"], check=True)
+    subprocess.run(["git", "clone", "-q", address, "coco-image-caption"], check=True)
     os.chdir("coco-image-caption")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"]
+    install = [sys.executable, "-m", "pip", "install", "-qr", "requirements.txt"]
     subprocess.run(install, check=True)"""
 NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
 
 
 def put_setup(notebook):
-    """Replace the cell tagged "setup", or insert it behind the title."""
+    """Replace the cell tagged "setup", or insert it behind the title; its code is hidden."""
+    hidden = {"jupyter": {"source_hidden": True}, "transient": {"remove_source": True}}
+    metadata = {"tags": ["setup", "hide-input"], **hidden}
     cells = notebook.cells
     cells[:] = [cell for cell in cells if "setup" not in cell.metadata.get("tags", [])]
-    cells.insert(1, nbformat.v4.new_code_cell(SETUP, metadata={"tags": ["setup"]}, id="setup"))
+    cells.insert(1, nbformat.v4.new_code_cell(SETUP, metadata=metadata, id="setup"))
 
 
 def execute(notebook, name):

@@ -52,7 +52,7 @@ CROSS_ENTROPY = (
 COMPARED = {  # with the model of the file
     "init": f"{REGULARIZED} --min-word-freq 5 --epochs 10 --inject init",
     "par": f"{REGULARIZED} --min-word-freq 5 --epochs 10 --inject par",
-    "self-critical": f"--loss self-critical --xe-weight 0.2 --crops 3 --epochs 2 {ATTEND}",
+    "self-critical": f"--loss self-critical --xe-weight 0.2 --crops 3 --epochs 1 {ATTEND}",
 }
 BEAM_SIZE = 5
 

@@ -6,7 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 from captioning.base.modules import first_tensor
 from captioning.base.tokens import PAD
 
-PAIRS = 512  # of an image and a caption, computed at once
+PAIRS = 256  # of an image and a caption, computed at once
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ CAPTIONS = [[1, 4, 5, 2], [1, 2], [1, 8, 8, 6, 3, 7, 2], [1, 5, 2]]
 
 
 @pytest.mark.parametrize("inject", INJECT)
-@pytest.mark.parametrize("pairs", [3, 512])
+@pytest.mark.parametrize("pairs", [3, 256])
 def test_log_probabilities(inject, pairs, monkeypatch):
     """Of each caption for each image the sum over its words and <end>, however they are batched."""
     monkeypatch.setattr("captioning.decoding.likelihood.PAIRS", pairs)

@@ -1,0 +1,95 @@
+"""What the photographs show, and how often the training photographs of the captioner show it.
+
+len(training_photographs(model, ["pig", "pigs"]))   # a caption has one of the words
+noun_bars(main_nouns(model, photographs), total=8033)
+"""
+
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image
+
+from captioning.base.tokens import split_words
+from captioning.figures.gallery import GREEN, RED, WIDTH
+
+# The main object of each first actual caption, in words that captions use.
+NOUNS = {
+    "astronaut.jpg": "woman girl",
+    "camera.jpg": "man person",
+    "cat.jpg": "cat cats",
+    "chickens.jpg": "chicken chickens hen hens",
+    "china.jpg": "tower temple pagoda",
+    "clock.jpg": "clock clocks",
+    "coffee.jpg": "cup cups coffee",
+    "cow.jpg": "cow cows",
+    "dogs.jpg": "dog dogs",
+    "duck.jpg": "duck ducks",
+    "fig.jpg": "fruit fruits fig",
+    "flower.jpg": "flower flowers dahlia",
+    "grace_hopper.jpg": "woman girl",
+    "horses.jpg": "horse horses",
+    "kitten.jpg": "kitten cat cats",
+    "motorcycle.jpg": "motorcycle motorcycles",
+    "mountains.jpg": "mountain mountains meadow",
+    "owl.jpg": "owl owls",
+    "pig.jpg": "pig pigs",
+    "rocket.jpg": "rocket rockets",
+    "sheep.jpg": "sheep lamb",
+    "shepherd_dog.jpg": "dog dogs",
+    "stream.jpg": "stream river creek",
+    "wine.jpg": "drum drums",
+}
+
+
+def training_photographs(model, words) -> set[int]:
+    """The numbers of the training photographs whose captions contain one of the words."""
+    confidence = model.confidence  # it keeps the words of the training captions
+    known = [model.vocab(word) for word in words if word in model.vocab.words]
+    rows = torch.arange(len(confidence.counts)).repeat_interleave(confidence.counts.long())
+    return set(rows[torch.isin(confidence.words.long(), torch.tensor(known))].tolist())
+
+
+class Noun(NamedTuple):
+    """The main object of a photograph."""
+
+    noun: str
+    image: Image.Image
+    count: int  # of the training photographs that show one
+    named: bool  # whether the predicted caption names it
+
+
+def main_nouns(model, photographs) -> list[Noun]:
+    """The main object of each photograph, the most frequent in training first."""
+    found = []
+    for photograph in photographs:
+        words = NOUNS[photograph.name].split()
+        named = bool(set(words) & set(split_words(photograph.predicted)))
+        count = len(training_photographs(model, words))
+        found.append(Noun(words[0], photograph.image, count, named))
+    return sorted(found, key=lambda noun: -noun.count)
+
+
+def noun_bars(nouns, total):
+    """How many of `total` training photographs show each noun, green if the caption names it."""
+    ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")[1]
+    places = range(len(nouns))
+    heights = [max(noun.count, 0.6) for noun in nouns]
+    colours = [GREEN if noun.named else RED for noun in nouns]
+    ax.bar(places, heights, color=colours, width=0.86)
+    for x, height, noun in zip(places, heights, nouns, strict=True):
+        style = {"xycoords": "data", "box_alignment": (0.5, 0), "frameon": False, "pad": 0}
+        thumbnail = OffsetImage(noun.image, zoom=0.43 * 72 / noun.image.width)
+        ax.add_artist(AnnotationBbox(thumbnail, (x, 1.12 * height), **style))
+        ax.text(x, height / 1.15, noun.count, ha="center", va="top", size=11, color="white")
+    names = [noun.noun for noun in nouns]
+    ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", size=13)
+    ax.set(yscale="log", ylim=(0.5, 3 * total), xlim=(-0.6, len(nouns) - 0.4), yticks=[])
+    ax.minorticks_off()
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(length=0)
+    key = {"ha": "right", "size": 14, "weight": "bold"}
+    ax.text(len(nouns) - 0.5, total, "named in the caption", color=GREEN, **key)
+    ax.text(len(nouns) - 0.5, total / 3, "not named", color=RED, **key)
+    return ax

@@ -1,0 +1,109 @@
+"""Learning curves, and the histories of the models that were trained on photographs.
+
+    histories, captions = load_histories()
+    learning_curves(histories["attend"])       # rings mark the best epochs
+    cider_curves({"par": histories["par"]})
+
+A history is a list of dicts, one per epoch, as `fit` returns it.
+"""
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+from captioning.figures.plots import COLOURS
+
+HISTORY = Path(__file__).parents[2] / "pretrained" / "photo_captioner.history.json"
+
+
+def load_histories(path=HISTORY):
+    """({name: history}, {name: {photograph: caption}}) of init, par, attend and self-critical.
+
+    "attend" is the included captioner; self-critical training continues it.
+    """
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    compared, attend = content["compared"], content["photographs"]
+    histories = {"init": compared["init"], "par": compared["par"], "attend": attend}
+    return histories | {"self-critical": compared["self-critical"]}, content["captions"]
+
+
+def best_of(history, name):
+    """The line of the best epoch: the one with the highest CIDEr-D, or the lowest other value."""
+    choose = max if name == "val_cider" else min
+    return choose(history, key=lambda line: line[name])
+
+
+def best_epochs(histories):
+    """A line of text for the best epoch, by CIDEr-D, of each {name: history}."""
+    lines = []
+    for name, history in histories.items():
+        best = best_of(history, "val_cider")
+        lines.append(
+            f"{name:14s} best epoch {best['epoch']:2d}   CIDEr-D {best['val_cider']:.3f}   "
+            f"perplexity {best['val_perplexity']:5.2f}   distinct {best['val_distinct']:.0%}"
+        )
+    return "\n".join(lines)
+
+
+def learning_curves(history):
+    """The perplexity and the CIDEr-D side by side."""
+    _, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    perplexity_curves(history, axes[0])
+    cider_curves({"validation": history}, axes[1])
+    return axes
+
+
+def perplexity_curves(history, ax=None, first=1):
+    """Training and validation perplexity, from the epoch `first` on; the best epoch is marked."""
+    ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    shown = [line for line in history if line["epoch"] >= first] or history
+    _plot(shown, "train_perplexity", "training", COLOURS[0], ax)
+    _plot(shown, "val_perplexity", "validation", COLOURS[1], ax)
+    _mark_best(shown, "val_perplexity", COLOURS[1], ax)
+    return _finish(ax, "perplexity")
+
+
+def cider_curves(histories, ax=None, first=1):
+    """The CIDEr-D of the validation captions of each {name: history}; best epochs are marked."""
+    ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    for (name, history), colour in zip(histories.items(), COLOURS, strict=False):
+        shown = [line for line in history if line["epoch"] >= first] or history
+        _plot(shown, "val_cider", name, colour, ax)
+        _mark_best(shown, "val_cider", colour, ax)
+    return _finish(ax, "CIDEr-D (validation)")
+
+
+def reward_curves(history, ax=None):
+    """Self-critical training: the reward of the samples, and the CIDEr-D of validation captions."""
+    ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    _plot(history, "train_reward", "training (reward of samples)", COLOURS[0], ax)
+    _plot(history, "val_cider", "validation", COLOURS[1], ax)
+    _mark_best(history, "val_cider", COLOURS[1], ax)
+    return _finish(ax, "CIDEr-D")
+
+
+def _plot(history, name, label, colour, ax):
+    """The value `name` over the epochs that have it."""
+    lines = [line for line in history if name in line]
+    epochs, values = [line["epoch"] for line in lines], [line[name] for line in lines]
+    ax.plot(epochs, values, "o-", ms=3, color=colour, label=label)
+
+
+def _mark_best(history, name, colour, ax):
+    """A ring around the best epoch, with its value."""
+    best = best_of(history, name)
+    place = best["epoch"], best[name]
+    ax.plot(*place, "o", ms=11, mfc="none", mec=colour, mew=1.5)
+    offset = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    ax.annotate(f"{best[name]:.2f}", place, color=colour, fontsize=9, **offset)
+
+
+def _finish(ax, ylabel):
+    ax.legend(frameon=False)
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.margins(y=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax

@@ -1,0 +1,127 @@
+"""The figures of result_show: photographs, attention, nouns and test images."""
+
+import json
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from PIL import Image
+
+matplotlib.use("Agg")  # draws without a display
+
+from captioning.figures.gallery import GREEN, RED, attention_strip, show_versions, wrap
+from captioning.figures.nouns import main_nouns, noun_bars, training_photographs
+from captioning.figures.photographs import Photograph, caption_photographs, show_photographs
+from captioning.figures.results import load_results, show_results
+from vocabulary import Vocabulary
+
+
+def photograph(name="pig.jpg", predicted="a pig sleeps", verdict=None):
+    maps = np.full((len(predicted.split()), 2, 2), 0.25)
+    return Photograph(name, Image.new("RGB", (60, 60)), predicted, "A pig.", 0.5, maps, verdict)
+
+
+def texts(axes):
+    return [text.get_text() for text in axes[0].figure.texts]
+
+
+def test_wrap():
+    """Lines are as long as they may be, and a word that is too long has a line of its own."""
+    assert wrap("one two three", 100, 12) == ["one two three"]
+    assert wrap("one two three", 0.1, 12) == ["one", "two", "three"]
+    narrow, bold = (len(wrap("word " * 50, 3, 12, weight)) for weight in ("normal", "bold"))
+    assert 1 < narrow < bold
+
+
+def test_photographs_have_their_captions_verdict_and_confidence():
+    """Below each photograph are both captions; what was not judged is not called wrong."""
+    verdicts = {True: "✓ right", False: "✗ wrong", None: "not judged"}
+    axes = show_photographs([photograph(verdict=verdict) for verdict in verdicts], columns=2)
+    assert len(axes) == 3
+    for row, text in enumerate(verdicts.values()):
+        expected = ["a pig sleeps", f"{text} · confidence 0.50", "actual: A pig."]
+        assert texts(axes)[3 * row : 3 * row + 3] == expected
+
+
+@pytest.mark.parametrize("number", [1, 12])
+def test_text_stays_within_the_figure(number):
+    """Also captions that need more room than the image beside them."""
+    axes = show_versions(photograph(), {f"epoch {n}": "a pig" for n in range(number)})
+    places = [text.get_position() for text in axes[0].figure.texts]
+    assert all(0 <= x < 1 and 0 <= y < 1 for x, y in places)
+    assert texts(axes)[:2] == ["epoch 0", "a pig"]
+
+
+def test_attention_strip():
+    """A word's colour is its attention relative to the mean over the words, if it is above it."""
+    maps = np.array([[[0.7, 0.1], [0.1, 0.1]], [[0.1, 0.7], [0.1, 0.1]]])
+    axes = attention_strip(photograph(predicted="a pig")._replace(attention=maps))
+    assert len(axes) == 3 and len(axes[0].images) == 1
+    opacity = axes[1].images[1].get_array()[..., 3]
+    assert opacity[0, 0] > 0 and np.count_nonzero(opacity) == 1
+    assert texts(axes) == ["the photograph", "a", "up to 1.8 ×", "pig", "up to 1.8 ×"]
+
+
+def test_photographs_are_sorted_by_confidence(tmp_path):
+    """The verdict is that of the very caption which the model predicts."""
+    images = [{"id": n, "file_name": f"{n}.png"} for n in (1, 2)]
+    annotations = [{"id": n, "image_id": n, "caption": f"A pig {n}."} for n in (1, 2)]
+    content = {"images": images, "annotations": annotations}
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    judged = {"1.png": {"a cow": True}, "2.png": {"a pig": False, "a cow": True}}
+    (tmp_path / "judgements.json").write_text(json.dumps(judged))
+    for n in (1, 2):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{n}.png")
+
+    def caption(paths, **options):
+        return ["a hen", "a pig"], [None, None], [0.1, 0.9]
+
+    found = caption_photographs(SimpleNamespace(caption=caption), tmp_path)
+    assert [x.name for x in found] == ["2.png", "1.png"]
+    assert [x.verdict for x in found] == [False, None]
+    assert [x.actual for x in found] == ["A pig 2.", "A pig 1."]
+
+
+def test_nouns():
+    """A training photograph counts once, whichever and however many of the words it has."""
+    vocab = Vocabulary.build(["pig pigs owl"], threshold=1)
+    pig, pigs, owl = (vocab(word) for word in ("pig", "pigs", "owl"))
+    counts, words = torch.tensor([2, 1, 0, 1]), torch.tensor([pig, pigs, pigs, owl])
+    model = SimpleNamespace(vocab=vocab, confidence=SimpleNamespace(counts=counts, words=words))
+    assert training_photographs(model, ["pig", "pigs", "hog"]) == {0, 1}
+    assert training_photographs(model, ["rocket"]) == set()
+    photographs = [photograph("owl.jpg", "a bird"), photograph(), photograph("rocket.jpg", "a man")]
+    nouns = main_nouns(model, photographs)
+    assert [(x.noun, x.count, x.named) for x in nouns] == [
+        ("pig", 2, True),
+        ("owl", 1, False),
+        ("rocket", 0, False),
+    ]
+    bars = noun_bars(nouns, total=4).patches
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == [GREEN, RED, RED]
+
+
+def test_results(tmp_path, capsys):
+    """The best come first, and a mistake is sought only in scenes."""
+    captions = ["a red cat in the desert", "a blue house by the calm lake"]
+    written = [{"image_id": n, "caption": caption} for n, caption in enumerate(captions)]
+    (tmp_path / "test_captions.json").write_text(json.dumps(written[::-1]))
+    Image.new("RGB", (30, 30)).save(tmp_path / "0.png")
+    test = SimpleNamespace(
+        paths=[str(tmp_path / "0.png")] * 2,
+        image_ids=[1, 0],
+        captions=[
+            ["a green house by the calm lake", "a lake"],
+            ["a red cat in the desert", "there is a red cat in the desert"],
+        ],
+    )
+    best, worst = load_results(tmp_path, test, "synthetic")
+    assert best.predicted == captions[0] and best.cider > worst.cider and not best.mistakes
+    assert [mistake.kind for mistake in worst.mistakes] == ["colour"]
+    assert worst.actual == "a green house by the calm lake" and worst.wrong_words == {1}
+    assert not any(x.mistakes for x in load_results(tmp_path, test, "coco2017"))
+    assert show_results([best, worst]).size == 4
+    assert show_results([]) is None and "no such images" in capsys.readouterr().out

@@ -1,0 +1,89 @@
+"""Learning curves: which epochs they show, and which they mark as the best."""
+
+import json
+
+import pytest
+
+from captioning.figures.training import (
+    best_epochs,
+    best_of,
+    cider_curves,
+    learning_curves,
+    load_histories,
+    perplexity_curves,
+    reward_curves,
+)
+
+HISTORY = [
+    {"epoch": 0, "val_perplexity": 90.0, "val_cider": 0.1},
+    {"epoch": 1, "val_perplexity": 20.0, "val_cider": 0.5, "train_perplexity": 30.0},
+    {"epoch": 2, "val_perplexity": 22.0, "val_cider": 0.7, "train_perplexity": 9.0},
+]
+
+
+def lines_of(ax):
+    """{label: (epochs, values)} of the labelled curves, and the places of the rings."""
+    known = {True: [], False: []}
+    for line in ax.lines:
+        known[line.get_label().startswith("_")].append(line)
+    curves = {line.get_label(): (*map(list, line.get_data()),) for line in known[False]}
+    return curves, [(*map(float, line.get_xydata()[0]),) for line in known[True]]
+
+
+def test_load_histories(tmp_path):
+    """The included captioner is "attend"; the names are in the order of the comparison."""
+    file = tmp_path / "history.json"
+    compared = {name: [{"epoch": name}] for name in ("self-critical", "par", "init")}
+    content = {"photographs": HISTORY, "compared": compared, "captions": {"par": {"a.jpg": "a"}}}
+    file.write_text(json.dumps(content))
+    histories, captions = load_histories(file)
+    assert list(histories) == ["init", "par", "attend", "self-critical"]
+    assert histories["attend"] == HISTORY and histories["par"] == [{"epoch": "par"}]
+    assert captions == {"par": {"a.jpg": "a"}}
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_perplexity_curves(first):
+    """Epochs before `first` are left out, those without a value too; a ring marks the lowest."""
+    curves, rings = lines_of(perplexity_curves(HISTORY, first=first))
+    assert curves["training"] == [([1, 2], [30, 9]), ([1, 2], [30, 9]), ([2], [9])][first]
+    assert curves["validation"][0] == list(range(first, 3))
+    assert rings == [[(1, 20), (1, 20), (2, 22)][first]]
+
+
+def test_learning_curves():
+    """Perplexity and CIDEr-D side by side, each with its best epoch."""
+    left, right = learning_curves(HISTORY)
+    assert lines_of(left)[1] == [(1, 20)] and lines_of(right)[1] == [(2, 0.7)]
+
+
+def test_cider_curves():
+    """A curve for each model; a ring marks its highest CIDEr-D, and the text says it."""
+    ax = cider_curves({"par": HISTORY, "init": HISTORY[:2]})
+    curves, rings = lines_of(ax)
+    assert curves == {"par": ([1, 2], [0.5, 0.7]), "init": ([1], [0.5])}
+    assert rings == [(2, 0.7), (1, 0.5)]
+    assert [text.get_text() for text in ax.texts] == ["0.70", "0.50"]
+
+
+def test_reward_curves():
+    history = [HISTORY[0], HISTORY[2] | {"train_reward": 0.9}]
+    curves, rings = lines_of(reward_curves(history))
+    assert curves["training (reward of samples)"] == ([2], [0.9])
+    assert curves["validation"] == ([0, 2], [0.1, 0.7]) and rings == [(2, 0.7)]
+
+
+def test_best_of():
+    assert best_of(HISTORY, "val_perplexity")["epoch"] == 1
+    assert best_of(HISTORY, "val_cider")["epoch"] == 2
+
+
+def test_best_epochs():
+    """The best epoch is that with the highest CIDEr-D."""
+    lines = [
+        {"epoch": epoch, "val_cider": cider, "val_perplexity": 14.0, "val_distinct": 0.8}
+        for epoch, cider in ((1, 0.4), (2, 0.6), (3, 0.5))
+    ]
+    first, second = best_epochs({"par": lines, "init": lines[:1]}).split("\n")
+    assert first.startswith("par") and "best epoch  2   CIDEr-D 0.600" in first
+    assert second.startswith("init") and "best epoch  1" in second
