@@ -76,7 +76,7 @@ def add_overlay(ax, strength, size):
     ax.set(xlim=(left, right), ylim=(bottom, top))
 
 
-def attention_on_photograph(path, caption, maps, words=5):
+def attention_on_photograph(path, caption, maps, words=2):
     """The attention at the words of a photograph's caption at which it differs most from the mean.
 
     Positions have a colour if they have more attention than in the mean over all words. The note
@@ -100,6 +100,6 @@ def show_captions(paths, captions, longer, confidence):
         [f"longer: {caption}" for caption in longer],
         [False] * len(paths),
         [f"confidence {value:.2f}" for value in confidence],
-        columns=3,
+        columns=len(paths),
         width=3.2,
     )

@@ -66,7 +66,7 @@ def compare_captions(image, captions, mistakes, size=15):
     return ax
 
 
-def examples_of_kinds(mistakes, most=3):
+def examples_of_kinds(mistakes, most=2):
     """The positions of captions with few mistakes that show different kinds, `most` at most."""
     chosen, seen = [], set()
     for kind in KINDS:
@@ -89,7 +89,7 @@ def show_examples(rows, paths, captions, references, mistakes):
         [True] * len(rows),
         [in_words(mistakes[row]) for row in rows],
         [{t for mistake in mistakes[row] for t in mistake.words} for row in rows],
-        columns=3,
+        columns=2,
         width=3.2,
         size=12,
     )

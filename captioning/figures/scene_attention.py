@@ -1,6 +1,6 @@
 """Where a model with attention looks in synthetic scenes, whose objects have known boxes.
 
-captioned = caption_scenes(model, 40)
+captioned = caption_scenes(model, "synthetic", 40)
 print_shares(captioned)
 show_right_scene(captioned)
 """
@@ -27,10 +27,13 @@ class CaptionedScene(NamedTuple):
     maps: np.ndarray
 
 
-def caption_scenes(model, count):
-    """Random scenes, captioned by a model with attention; none if `model` is None."""
-    if model is None:
-        print("There is no model with attention for these images: the scenes are skipped.")
+def caption_scenes(model, dataset, count):
+    """Random scenes, captioned by a model with attention; none if it was not trained on scenes.
+
+    model: None if there is none. dataset: that of its training.
+    """
+    if model is None or dataset != "synthetic":
+        print("There is no model with attention for synthetic scenes, so they are skipped.")
         return []
     scenes = [random_scene(Random(f"attention {number}")) for number in range(count)]
     images = [render(scene) for scene in scenes]
