@@ -105,7 +105,7 @@ def beam_tree(image, steps, notes=""):
     overtakes it.
     """
     height = max(map(len, steps))
-    ax = image_beside(image, 0.8 * len(steps), 0.6 * height + 0.5, beside=False)
+    ax = image_beside(image, 0.76 * len(steps), 0.55 * height + 0.5, beside=False)
     best, greedy = best_path(steps), greedy_path(steps)
     ax.figure.text(3.4 / ax.figure.get_figwidth(), 0.97, notes, va="top", size=13, linespacing=1.6)
     style = {"ha": "center", "va": "center", "fontsize": 8.5}
