@@ -1,10 +1,17 @@
-"""Figures of 3_Inference: the branches of a beam search, and the n-grams that BLEU counts."""
+"""Figures of 3_Inference, beside the image that they are about.
+
+next_word_map(image, words, probabilities, actual)      # at every step
+beam_tree(image, steps)                                 # the branches of a beam search
+ngram_matches(words, references)                        # what BLEU counts
+"""
 
 from collections import Counter
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 
+from captioning.base.tokens import END
 from captioning.figures.plots import BLUE, GREY, ORANGE
 
 TINTS = ("#a9d3ea", "#f6c9a8", "#b7dfb2", "#d8c3e8", "#f3e29b")  # behind black text
@@ -20,29 +27,119 @@ class Branch(NamedTuple):
     score: float | None = None  # if it is a complete caption
 
 
-def beam_tree(steps, ax=None):
-    """The branches of a beam search, a row per step: lists of `Branch`, the best ones first.
+def image_beside(image, width, height, side=3.05, beside=True):
+    """Show an image, `side` inches wide, and return axes of width x height inches to its right.
 
-    Dropped branches are grey, complete captions have their score, and the caption with the highest
-    one is orange. Dashed lines are the path of greedy decoding, as far as the beam contains it.
+    beside: False: the axes are below the image.
     """
-    width = max(map(len, steps))
-    ax = ax or plt.subplots(figsize=(1.9 * width, 0.42 * len(steps)), layout="constrained")[1]
+    high = side * image.height / image.width
+    total = (side + 0.9 + width, max(high, height)) if beside else (width, high + height)
+    figure = plt.figure(figsize=total)
+    picture = figure.add_axes((0, 1 - high / total[1], side / total[0], high / total[1]))
+    picture.imshow(image, interpolation="bicubic")
+    picture.set_axis_off()
+    left, bottom = (side + 0.9, total[1] - height) if beside else (0, 0)
+    return figure.add_axes(
+        (left / total[0], bottom / total[1], width / total[0], height / total[1])
+    )
+
+
+def next_word_map(image, words, probabilities, actual, at_least=0.03):
+    """An image and the probabilities of the next word at all steps, as a heat map.
+
+    words: the vocabulary. probabilities: (steps, words). actual: the word index of each step, which
+    is framed. Words that never have a probability of `at_least` are left out.
+    """
+    probabilities = np.asarray(probabilities)
+    shown = set(np.flatnonzero(probabilities.max(0) >= at_least)) | set(actual)
+    first = {
+        i: np.argmax(probabilities[:, i] >= min(at_least, probabilities[:, i].max())) for i in shown
+    }
+    rows = sorted(shown, key=lambda i: (first[i], -probabilities[first[i], i]))
+    steps = len(actual)
+    ax = image_beside(image, width=0.46 * steps, height=0.21 * len(rows) + 0.6)
+    ax.imshow(probabilities[:, rows].T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for t, index in enumerate(actual):
+        corner = t - 0.5, rows.index(index) - 0.5
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, ec=ORANGE, lw=2, clip_on=False))
+        for row, i in enumerate(rows):
+            if (p := probabilities[t, i]) >= 0.1:
+                colour = "white" if p > 0.5 else "black"
+                text = f"{p:.2f}"[1 if p < 0.995 else 0 :][:3]
+                ax.text(t, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+    ax.set_yticks(range(len(rows)), [words[i] for i in rows], fontsize=9)
+    ax.set_xticks(range(steps), [words[i] for i in actual], fontsize=9, rotation=40, ha="left")
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_xticks(np.arange(steps) + 0.5, minor=True)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, minor=True)
+    ax.grid(which="minor", color="#e9ecef")
+    ax.tick_params(which="minor", length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def branches(steps, words, beam_size):
+    """The `Branch`es of each step of a beam search: those in the beam, and the next one.
+
+    steps: a list of all prefixes of each step, the most probable one first, with the attributes
+    ids, log_p, parent (a prefix of the step before) and score(). words: of the vocabulary.
+    """
+    tree, before = [], [None]
+    for step in steps:
+        tree.append([])
+        for place, prefix in enumerate(step[: beam_size + 1]):
+            word, kept = words[prefix.ids[-1]], place < beam_size
+            score = prefix.score() if kept and prefix.ids[-1] == END else None
+            parent = before.index(prefix.parent) if len(tree) > 1 else 0
+            tree[-1].append(Branch(word, prefix.log_p, parent, kept, score))
+        before = step
+    return tree
+
+
+def beam_tree(image, steps, notes=""):
+    """An image with notes and, below it, the branches of a beam search from left to right.
+
+    steps: a list of `Branch` per step, the best ones first. Dropped branches are grey, complete
+    captions have their score, and the caption with the highest one is orange. Dashed lines are the
+    path of greedy decoding, as far as the beam contains it. A mark shows where the orange path
+    overtakes it.
+    """
+    height = max(map(len, steps))
+    ax = image_beside(image, 0.76 * len(steps), 0.55 * height + 0.5, beside=False)
     best, greedy = best_path(steps), greedy_path(steps)
-    style = {"ha": "center", "va": "center", "fontsize": 8}
+    ax.figure.text(3.4 / ax.figure.get_figwidth(), 0.97, notes, va="top", size=13, linespacing=1.6)
+    style = {"ha": "center", "va": "center", "fontsize": 8.5}
     for t, step in enumerate(steps):
         for i, branch in enumerate(step):
             edge = ORANGE if (t, i) in best else BLUE if branch.kept else "silver"
             if t:
                 line = "--" if (t, i) in greedy else "-"
-                ax.plot([branch.parent, i], [0.8 - t, 0.2 - t], line, color=edge, zorder=0)
-            text = f"{branch.word} {branch.log_prob:.2f}"
-            text += "" if branch.score is None else f", score {branch.score:.3f}"
-            box = {"boxstyle": "round", "fc": "white", "ec": edge}
-            ax.text(i, -t, text, bbox=box, color="black" if branch.kept else "grey", **style)
-    ax.set(xlim=(-0.5, width - 0.5), ylim=(0.5 - len(steps), 0.5))
+                ax.plot([t - 0.75, t - 0.25], [-branch.parent, -i], line, color=edge, zorder=0)
+            text = f"{branch.word}\n{branch.log_prob:.2f}"
+            text += "" if branch.score is None else f"\nscore {branch.score:.3f}"
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": edge}
+            ax.text(t, -i, text, bbox=box, color="black" if branch.kept else "grey", **style)
+    t = overtaken(steps)
+    if t is not None:
+        ax.axvspan(t - 0.5, t + 0.5, color=ORANGE, alpha=0.15, zorder=-1)
+        ax.text(
+            t, 0.75, "the beam overtakes\ngreedy decoding", color=ORANGE, weight="bold", **style
+        )
+    ax.set(xlim=(-0.5, len(steps) - 0.5), ylim=(0.5 - height, 1.1))
     ax.set_axis_off()
     return ax
+
+
+def overtaken(steps) -> int | None:
+    """The first step at which the best caption's prefix ranks above that of greedy decoding.
+
+    From that step on it stays above, or greedy decoding has left the beam.
+    """
+    best, greedy = dict(best_path(steps)), dict(greedy_path(steps))
+    if best.keys() <= greedy.keys() and all(greedy[t] == i for t, i in best.items()):
+        return None
+    behind = [t for t, i in best.items() if greedy.get(t, len(steps[t])) <= i]
+    return max(behind, default=-1) + 1
 
 
 def best_path(steps) -> set[tuple[int, int]]:
