@@ -100,9 +100,9 @@ def beam_tree(image, steps, notes=""):
     """An image with notes and, below it, the branches of a beam search from left to right.
 
     steps: a list of `Branch` per step, the best ones first. Dropped branches are grey, complete
-    captions have their score, and the caption with the highest one is orange. Dashed lines are the
-    path of greedy decoding, as far as the beam contains it. A mark shows where the orange path
-    overtakes it.
+    captions have their score in parentheses, and the caption with the highest one is orange. Dashed
+    lines are the path of greedy decoding, as far as the beam contains it. A coloured column marks
+    where the orange path overtakes it.
     """
     height = max(map(len, steps))
     ax = image_beside(image, 0.76 * len(steps), 0.55 * height + 0.5, beside=False)
@@ -116,7 +116,7 @@ def beam_tree(image, steps, notes=""):
                 line = "--" if (t, i) in greedy else "-"
                 ax.plot([t - 0.75, t - 0.25], [-branch.parent, -i], line, color=edge, zorder=0)
             text = f"{branch.word}\n{branch.log_prob:.2f}"
-            text += "" if branch.score is None else f"\nscore {branch.score:.3f}"
+            text += "" if branch.score is None else f"\n({branch.score:.3f})"
             box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": edge}
             ax.text(t, -i, text, bbox=box, color="black" if branch.kept else "grey", **style)
     t = overtaken(steps)

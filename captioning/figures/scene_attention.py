@@ -50,7 +50,6 @@ def print_shares(captioned):
         for shares in attention_on_things(example.caption, example.maps, example.scene)
     ]
     if not found:
-        print("No object is named by its noun and colour.")
         return
     attention, area = np.mean(found, 0)
     print(f"{len(found)} objects are named by their noun and colour")
