@@ -85,7 +85,8 @@ def test_opened_alone(tmp_path):
         first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
         assert first == SETUP
         imports += [line for source in others for line in import_lines(source)]
-    script = "\n".join([SETUP, "sys.path.insert(0, '')", *dict.fromkeys(imports), "print(os.getcwd())"])
+    lines = [SETUP, "sys.path.insert(0, '')", *dict.fromkeys(imports), "print(os.getcwd())"]
+    script = "\n".join(lines)
     environment = os.environ | {"REPOSITORY": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
