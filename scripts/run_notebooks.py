@@ -74,17 +74,21 @@ def execute(notebook, name):
 
 
 def compress(figure):
-    """The type and content: PNG with 32 colours, or JPEG where they change the picture."""
+    """The type and content: a JPEG, or a smaller PNG that changes the picture no more than that."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
-    reduced = image.quantize(32, dither=Image.Dither.NONE)
-    change = ImageStat.Stat(ImageChops.difference(image, reduced.convert("RGB"))).mean  # of 255
-    file, is_photo = io.BytesIO(), sum(change) / 3 > 1
-    if is_photo:
-        image.save(file, "JPEG", optimize=True, progressive=True, quality=60)
-    else:
-        reduced.save(file, "PNG", optimize=True)
-    kind = "image/jpeg" if is_photo else "image/png"
-    return kind, base64.b64encode(file.getvalue()).decode()
+
+    def change(other):
+        return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).mean)
+
+    image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=50)
+    kind, limit = "image/jpeg", change(Image.open(best))
+    for colours in (64, 128, 256):
+        reduced = image.quantize(colours, dither=Image.Dither.NONE)
+        reduced.save(png := io.BytesIO(), "PNG", optimize=True)
+        if change(reduced) <= limit and png.tell() < best.tell():
+            kind, best = "image/png", png
+            break
+    return kind, base64.b64encode(best.getvalue()).decode()
 
 
 def override(notebook, parameters) -> set[str]:

@@ -1,20 +1,30 @@
-"""Pictures with text in large type: the layout of result_show.
+"""The photographs of result_show with their captions, in large type.
 
-attention_strip(photographs[0])     # of captioning/figures/photographs.py
+photographs = caption_photographs(CaptionModel.pretrained())    # the highest confidence first
+show_photographs(photographs[:12])
+attention_strip(photographs[0])
 show_versions(photographs[0], {"epoch 1": "a group of people", "epoch 12": "a cow"})
 """
 
+import json
+from pathlib import Path
+from typing import NamedTuple
+
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from captioning.base.tokens import split_words
+from captioning.data.coco import CocoCaptions
+from captioning.data.images import centre_crop
+from captioning.figures.attention import add_overlay
+from captioning.figures.plots import SIDE
 
 INK, FADED, GREEN, RED, GLOW = "#1b1f24", "#6b7280", "#2e7d4f", "#b3452c", "#ff8c1a"
 WIDTH, GAP = 11.8, 0.2  # of a figure and between its pictures, in inches
+VERDICTS = {True: ("✓ right", GREEN), False: ("✗ wrong", RED), None: ("not judged", FADED)}
 
 
 def wrap(text, width, size, weight="normal"):
@@ -61,7 +71,8 @@ def pictures(images, blocks, columns, side, beside=None):
             x = column * (side + (beside or 0) + GAP)
             corner = x / WIDTH, 1 - (top + side) / total
             axes.append(figure.add_axes((*corner, side / WIDTH, side / total)))
-            axes[-1].imshow(images[i])
+            width, height = images[i].size
+            axes[-1].imshow(images[i], extent=(0, width, height, 0))
             axes[-1].set_axis_off()
             left, start = (x + side + 0.4, top) if beside else (x, top + side + 0.05)
             for line, y, style in texts[i]:
@@ -97,13 +108,53 @@ def attention_strip(photograph, strongest=4.0):
     side = (WIDTH + GAP) / columns - GAP
     axes = pictures([image, *[pale] * len(words)], blocks, columns, side)
     for ax, factor in zip(axes[1:], factors, strict=True):
-        overlay = np.empty((*factor.shape, 4))
-        overlay[..., :3] = to_rgb(GLOW)
-        overlay[..., 3] = 0.85 * np.clip((factor - 1) / (strongest - 1), 0, 1)
-        left, right, bottom, top = extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-        ax.imshow(overlay, extent=extent)
-        grid = {"color": "white", "lw": 0.5, "alpha": 0.5}
-        ax.hlines(np.linspace(top, bottom, len(factor) + 1), left, right, **grid)
-        ax.vlines(np.linspace(left, right, factor.shape[1] + 1), top, bottom, **grid)
-        ax.set(xlim=(left, right), ylim=(bottom, top))
+        strength = np.clip((factor - 1) / (strongest - 1), 0, 1)
+        add_overlay(ax, strength, image.size, GLOW)
     return axes
+
+
+# ---------------------------------------------------------------------------- photographs
+
+
+class Photograph(NamedTuple):
+    """A photograph with its captions."""
+
+    name: str  # of the file
+    image: Image.Image  # the square in its middle, which the model sees
+    predicted: str
+    actual: str
+    confidence: float
+    attention: np.ndarray  # (words, H, W)
+    verdict: bool | None  # whether every content word is right; None: not judged
+
+
+def caption_photographs(model, folder="photos") -> list[Photograph]:
+    """The photographs of a folder, captioned with a beam of 5, the highest confidence first.
+
+    The folder has the actual captions in captions.json and the verdicts in judgements.json.
+    """
+    data = CocoCaptions(folder, Path(folder, "captions.json"))
+    judged = json.loads(Path(folder, "judgements.json").read_text(encoding="utf-8"))
+    options = {"beam_size": 5, "return_attention": True, "return_confidence": True}
+    captioned = zip(data.paths, data.captions, *model.caption(data.paths, **options), strict=True)
+    found = []
+    for path, actual, predicted, attention, confidence in captioned:
+        name = Path(path).name
+        verdict = judged.get(name, {}).get(predicted)
+        known = predicted, actual[0], confidence, attention, verdict
+        found.append(Photograph(name, centre_crop(path, SIDE), *known))
+    return sorted(found, key=lambda photograph: -photograph.confidence)
+
+
+def show_photographs(photographs, columns=4):
+    """Photographs with the predicted caption, its verdict, its confidence and an actual caption."""
+    blocks = []
+    for photograph in photographs:
+        verdict, colour = VERDICTS[photograph.verdict]
+        line = f"{verdict} · confidence {photograph.confidence:.2f}"
+        actual = f"actual: {photograph.actual}", 12, FADED, "normal"
+        blocks.append(
+            [(photograph.predicted, 15, INK, "bold"), (line, 12, colour, "normal"), actual]
+        )
+    side = (WIDTH + GAP) / columns - GAP
+    return pictures([photograph.image for photograph in photographs], blocks, columns, side)

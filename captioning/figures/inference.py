@@ -1,5 +1,6 @@
 """Figures of 3_Inference, beside the image that they are about.
 
+caption_with_probabilities(model, "photo.jpg")
 next_word_map(image, words, probabilities, actual)      # at every step
 beam_tree(image, steps)                                 # the branches of a beam search
 ngram_matches(words, references)                        # what BLEU counts
@@ -11,8 +12,9 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 
-from captioning.base.tokens import END
-from captioning.figures.plots import BLUE, GREY, ORANGE
+from captioning.base.tokens import END, split_words
+from captioning.data.images import centre_crop
+from captioning.figures.plots import BLUE, GREY, ORANGE, SIDE, caption_grid
 
 TINTS = ("#a9d3ea", "#f6c9a8", "#b7dfb2", "#d8c3e8", "#f3e29b")  # behind black text
 
@@ -41,6 +43,38 @@ def image_beside(image, width, height, side=3.05, beside=True):
     left, bottom = (side + 0.9, total[1] - height) if beside else (0, 0)
     return figure.add_axes(
         (left / total[0], bottom / total[1], width / total[0], height / total[1])
+    )
+
+
+def caption_with_probabilities(model, path, beam_size=5):
+    """A photograph, and beside it the words of its caption with their probabilities."""
+    decoded = model.generate(model.preprocess([path]), beam_size=beam_size)
+    words = split_words(model.decode(decoded)[0][0])
+    probabilities = decoded.log_probs[0, 0, : len(words)].exp().tolist()
+    ax = image_beside(centre_crop(path, SIDE), width=4.6, height=3.05)
+    places = range(len(words))
+    ax.barh(places, probabilities, color=BLUE)
+    for place, probability in zip(places, probabilities, strict=True):
+        ax.text(probability + 0.02, place, f"{probability:.0%}", va="center", fontsize=9)
+    ax.set_yticks(places, words, fontsize=12)
+    ax.set(xlim=(0, 1.1), xticks=())
+    ax.set_title("caption, and the probability of each word", fontsize=11, loc="left")
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.spines[["top", "right", "bottom"]].set_visible(False)
+    return ax
+
+
+def show_captions(paths, captions, longer, confidence):
+    """Photographs with their captions, longer captions, and the confidence below them."""
+    return caption_grid(
+        [centre_crop(path, SIDE) for path in paths],
+        captions,
+        [f"longer: {caption}" for caption in longer],
+        [False] * len(paths),
+        [f"confidence {value:.2f}" for value in confidence],
+        columns=len(paths),
+        width=3.2,
     )
 
 

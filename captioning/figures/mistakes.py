@@ -1,15 +1,23 @@
 """Which captions of a dataset are wrong, and pictures that say why.
 
 mistakes = known_mistakes("synthetic", captions, references)    # a list for each caption
-compare_captions(image, {"greedy decoding": caption, "actual": reference}, reference)
+compare_captions(image, {"greedy decoding": caption, "actual": reference}, mistakes)
+show_results(load_results("runs/synthetic", test, "synthetic")[:4])    # test: CocoCaptions
 """
 
+import json
+from pathlib import Path
 from textwrap import wrap
+from typing import NamedTuple
 
+from pycocoevalcap.rouge.rouge import Rouge
+
+from captioning.base.tokens import tokenize
 from captioning.data.images import load_image
 from captioning.figures.inference import image_beside
 from captioning.figures.plots import BLUE, RED, caption_grid
-from captioning.scenes.mistakes import KINDS, find_mistakes
+from captioning.scenes.mistakes import KINDS, Mistake, find_mistakes, wrong_words
+from captioning.scoring.metrics import caption_scores
 
 
 def known_mistakes(dataset, captions, references):
@@ -88,8 +96,64 @@ def show_examples(rows, paths, captions, references, mistakes):
         [f"actual: {references[row]}" for row in rows],
         [True] * len(rows),
         [in_words(mistakes[row]) for row in rows],
-        [{t for mistake in mistakes[row] for t in mistake.words} for row in rows],
+        [wrong_words(mistakes[row]) for row in rows],
         columns=2,
         width=3.2,
         size=12,
+    )
+
+
+# ---------------------------------------------------------------------------- test images
+
+
+class Result(NamedTuple):
+    """A test image with its captions."""
+
+    path: str
+    predicted: str
+    actual: str  # the most similar of the actual captions
+    cider: float  # the CIDEr-D of the prediction with respect to all of them
+    mistakes: list[Mistake]  # see `known_mistakes`
+
+
+def load_results(run_dir, test, dataset) -> list[Result]:
+    """The captions of a run's test images, those with the highest CIDEr-D first.
+
+    test: the `CocoCaptions` of the dataset's test split. dataset: its name; mistakes are known only
+    if it is "synthetic".
+    """
+    written = json.loads(Path(run_dir, "test_captions.json").read_text(encoding="utf-8"))
+    caption_of = {result["image_id"]: result["caption"] for result in written}
+    predicted = [caption_of[image_id] for image_id in test.image_ids]
+    _, cider = caption_scores(predicted, test.captions)
+    actual = [most_similar(*pair) for pair in zip(predicted, test.captions, strict=True)]
+    mistakes = known_mistakes(dataset, predicted, actual)
+    rows = zip(test.paths, predicted, actual, map(float, cider), mistakes, strict=True)
+    results = [Result(*row) for row in rows]
+    return sorted(results, key=lambda result: -result.cider)
+
+
+def most_similar(caption, references):
+    """The reference with the highest ROUGE-L."""
+    words, *others = (" ".join(tokenize(text)) for text in (caption, *references))
+    scores = [Rouge().calc_score([words], [other]) for other in others]
+    return references[scores.index(max(scores))]
+
+
+def show_results(results, columns=4):
+    """Images with the predicted caption, its wrong words red, the actual one and the CIDEr-D."""
+    if not results:
+        print("There are no such images.")
+        return None
+    notes = [f"{in_words(x.mistakes)}; CIDEr-D {x.cider:.2f}".lstrip("; ") for x in results]
+    return caption_grid(
+        [load_image(result.path) for result in results],
+        [result.predicted for result in results],
+        [result.actual for result in results],
+        [bool(result.mistakes) for result in results],
+        notes,
+        [wrong_words(result.mistakes) for result in results],
+        columns,
+        width=2.3,
+        size=11,
     )

@@ -17,6 +17,7 @@ from captioning.data.images import attention_mask
 
 BLUE, ORANGE, GREY, RED = "#2a6f97", "#e07a3f", "#8d99ae", "#c1121f"
 COLOURS = (BLUE, ORANGE, GREY, "black")
+SIDE = 320  # of a photograph, in pixels
 
 
 def image_grid(images, titles=None, columns=4, width=3.0, wrap=30):

@@ -1,8 +1,9 @@
-"""Learning curves, and the histories of the models that were trained on photographs.
+"""Learning curves, histories of the models that were trained on photographs, and comparisons.
 
     histories, captions = load_histories()
     learning_curves(histories["attend"])       # rings mark the best epochs
     cider_curves({"par": histories["par"]})
+    count_right(captions, val)                 # "190 of 200"
 
 A history is a list of dicts, one per epoch, as `fit` returns it.
 """
@@ -11,11 +12,29 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from captioning.figures.plots import COLOURS
+from captioning.figures.plots import COLOURS, bars
+from captioning.scenes.dataset import DESCRIPTION
+from captioning.scenes.mistakes import is_wrong
+from captioning.scoring.evaluation import score_sources
 
 HISTORY = Path(__file__).parents[2] / "pretrained" / "photo_captioner.history.json"
+# Self-critical training on Flickr8k, means of three seeds, from docs/flickr8k.md.
+HISTORY_NAMES = ("epoch", "train_reward", "val_cider", "val_perplexity")
+ROWS = (
+    (1, 0.53, 0.551, 22.9),
+    (2, 0.75, 0.568, 30.6),
+    (3, 0.82, 0.575, 36.7),
+    (4, 0.87, 0.580, 42.8),
+    (5, 0.90, 0.586, 47.2),
+    (6, 0.94, 0.587, 54.6),
+    (7, 0.97, 0.586, 61.7),
+    (8, 1.00, 0.595, 64.6),
+)
+FLICKR8K_REWARDED = [{"epoch": 0, "val_cider": 0.548, "val_perplexity": 14.3}]
+FLICKR8K_REWARDED += [dict(zip(HISTORY_NAMES, row, strict=True)) for row in ROWS]
 
 
 def load_histories(path=HISTORY):
@@ -106,4 +125,33 @@ def _finish(ax, ylabel):
     ax.margins(y=0.15)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return ax
+
+
+# ---------------------------------------------------------------------------- comparisons
+
+
+def count_right(captions, data):
+    """How many captions of scenes describe exactly their scene, as text: "190 of 200"."""
+    if data.description != DESCRIPTION:
+        return "known for synthetic scenes only"
+    pairs = zip(captions, data.captions, strict=True)
+    right = sum(not is_wrong(caption, actual[0]) for caption, actual in pairs)
+    return f"{right} of {len(captions)}"
+
+
+def most_improved(first, last, data):
+    """The row of the image whose caption gains most CIDEr-D from `first` to `last`."""
+    before, after = (score_sources(captions, data)[1] for captions in (first, last))
+    return int(np.subtract(after, before).argmax())
+
+
+def perplexity_bars(perplexities, ax=None):
+    """A bar with its value for each {model: perplexity}, on a logarithmic scale from 1."""
+    ax = bars(perplexities, ax, "model", "validation perplexity (log scale)")
+    ax.set(yscale="log", ylim=(1, 2 * max(perplexities.values())))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+    for name, value in perplexities.items():
+        ax.text(name, value, f"{value:.2f}", ha="center", va="bottom")
     return ax

@@ -5,10 +5,12 @@ parse_args(["--train-images", "train2017", ...])
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from captioning.base.checkpoints import load_checkpoint
 from captioning.base.options import add_arguments, names_with, option
+from captioning.data.coco import read_captions, write_captions
 from captioning.networks.config import ModelConfig
 
 
@@ -158,6 +160,26 @@ def config_for(dataset, splits, out, **changes) -> TrainConfig:
     presets = SCENES if dataset == "synthetic" else {}
     chosen = (changes.get(name) for name in ("loss", "init_from", "inject"))
     return TrainConfig(**options | presets | defaults_of(*chosen) | changes)
+
+
+def first_images(config, count):
+    """The config with at most `count` training and `count` validation images, in their order.
+
+    Datasets that have no more remain as they are; of others, captions files are written to
+    `config.out`/first.
+    """
+    changes = {}
+    for name in ("train_captions", "val_captions"):
+        content = read_captions(getattr(config, name)).dataset
+        images = content["images"][:count]
+        if len(images) < len(content["images"]):
+            ids = {image["id"] for image in images}
+            kept = [x for x in content["annotations"] if x["image_id"] in ids]
+            file = Path(config.out, "first", f"{name}.json")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_captions(file, images, kept, f"the first {count} images")
+            changes[name] = str(file)
+    return replace(config, **changes)
 
 
 def defaults_of(loss, init_from=None, inject=None) -> dict:

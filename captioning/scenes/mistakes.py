@@ -65,6 +65,6 @@ def find_background_mistakes(caption: str, reference: str) -> list[Mistake]:
     return [Mistake("background", f"{named} instead of {true_place}", tuple(wrong))]
 
 
-def wrong_words(caption: str, reference: str) -> set[int]:
-    """The positions in caption.split() of the words that are part of a mistake."""
-    return {t for mistake in find_mistakes(caption, reference) for t in mistake.words}
+def wrong_words(mistakes) -> set[int]:
+    """The positions in caption.split() of the words that are part of a caption's mistakes."""
+    return {t for mistake in mistakes for t in mistake.words}

@@ -10,18 +10,17 @@ matplotlib.use("Agg")  # draws without a display
 
 from captioning.decoding.decoded import Decoded
 from captioning.figures.attention import (
-    attention_on_photograph,
-    attention_overlay,
-    caption_with_probabilities,
-    show_captions,
-)
-from captioning.figures.scene_attention import (
     CaptionedScene,
+    attention_on_photograph,
     attention_on_scene,
+    attention_overlay,
+    attention_step,
     caption_scenes,
     print_shares,
     show_right_scene,
+    weight_grid,
 )
+from captioning.figures.inference import caption_with_probabilities, show_captions
 from captioning.scenes.drawing import render
 from captioning.scenes.scene import Scene, Thing
 
@@ -111,3 +110,27 @@ def test_captions_of_photographs(tmp_path):
     IMAGE.save(tmp_path / "a.png")
     axes = show_captions([tmp_path / "a.png"] * 2, ["a", "b"], ["a a", "b b"], [0.5, 1])
     assert axes.shape == (1, 2)
+
+
+WIDE = Image.new("RGB", (20, 10))
+WEIGHTS = np.array([[0.6, 0.2, 0.0, 0.0], [0.191, 0.009, 0.0, 0.0]])
+
+
+def test_weight_grid():
+    """Each weight of at least 1 % is written into its position, as a percentage."""
+    ax = weight_grid(WIDE, WEIGHTS, "title", boxes=[(1, 2, 3, 4)])
+    found = {text.get_position(): text.get_text() for text in ax.texts}
+    assert found == {(2.5, 2.5): "60", (7.5, 2.5): "20", (2.5, 7.5): "19"}
+    (box,) = ax.patches
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)
+    overlay = ax.images[1].get_array()
+    assert np.allclose(overlay[..., 3] / overlay[0, 0, 3], WEIGHTS / 0.6)
+
+
+def test_attention_step():
+    """The diagram has the words read, the word predicted, both LSTMs and five arrows."""
+    ax = attention_step(WIDE, WEIGHTS, ["a", "blue"], "cat")
+    written = [text.get_text() for text in ax.texts]
+    assert {"a blue", "cat", "attention LSTM", "language LSTM"} < set(written)
+    assert written.count("") == 5
+    assert ax.figure.axes[0].get_title() == "8 positions and their weights in %"

@@ -12,10 +12,18 @@ from PIL import Image
 
 matplotlib.use("Agg")  # draws without a display
 
-from captioning.figures.gallery import GREEN, RED, attention_strip, show_versions, wrap
+from captioning.figures.gallery import (
+    GREEN,
+    RED,
+    Photograph,
+    attention_strip,
+    caption_photographs,
+    show_photographs,
+    show_versions,
+    wrap,
+)
+from captioning.figures.mistakes import load_results, show_results
 from captioning.figures.nouns import main_nouns, noun_bars, training_photographs
-from captioning.figures.photographs import Photograph, caption_photographs, show_photographs
-from captioning.figures.results import load_results, show_results
 from vocabulary import Vocabulary
 
 
@@ -121,7 +129,7 @@ def test_results(tmp_path, capsys):
     best, worst = load_results(tmp_path, test, "synthetic")
     assert best.predicted == captions[0] and best.cider > worst.cider and not best.mistakes
     assert [mistake.kind for mistake in worst.mistakes] == ["colour"]
-    assert worst.actual == "a green house by the calm lake" and worst.wrong_words == {1}
+    assert worst.actual == "a green house by the calm lake" and worst.mistakes[0].words == (1,)
     assert not any(x.mistakes for x in load_results(tmp_path, test, "coco2017"))
     assert show_results([best, worst]).size == 4
     assert show_results([]) is None and "no such images" in capsys.readouterr().out

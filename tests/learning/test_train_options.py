@@ -1,13 +1,23 @@
 """The options of a run, on the command line and for the datasets."""
 
+import json
 from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
 
 import pytest
-from conftest import command_line, flag
+from conftest import command_line, flag, tiny_config
 
 from captioning.base.options import names_with
+from captioning.data.coco import CocoCaptions
 from captioning.data.splits import DATASETS
-from captioning.learning.options import SCENES, SELF_CRITICAL, TrainConfig, config_for, parse_args
+from captioning.learning.options import (
+    SCENES,
+    SELF_CRITICAL,
+    TrainConfig,
+    config_for,
+    first_images,
+    parse_args,
+)
 from model import ModelConfig
 from train import build_run
 
@@ -78,3 +88,18 @@ def test_image_norm_of_the_injections(inject, expected):
     """The image embedding is normalized by default where the decoder reads it once."""
     assert parse_args([*FLAGS, "--inject", inject]).image_norm is expected
     assert config_for("folder", SPLITS, "out", inject=inject).image_norm is expected
+
+
+def test_first_images(dataset):
+    """The config reads the first images of each split, with all their captions."""
+    config = tiny_config(dataset)
+    small = first_images(config, 2)
+    for name in ("train", "val"):
+        images = getattr(config, f"{name}_images")
+        files = [(images, getattr(c, f"{name}_captions")) for c in (config, small)]
+        whole, part = (CocoCaptions(*pair) for pair in files)
+        listed = json.loads(Path(files[0][1]).read_text())["images"]
+        assert part.image_ids == sorted(image["id"] for image in listed[:2])
+        captions = dict(zip(whole.image_ids, whole.captions, strict=True))
+        assert part.captions == [captions[number] for number in part.image_ids]
+    assert first_images(config, 1000) == config
