@@ -37,6 +37,8 @@ def run(args) -> dict:
     options = from_args(DecodingOptions, args)
     if options.n_best > 1:
         raise ValueError("one caption per image is evaluated: leave --n-best out")
+    if args.retrieval < 0:
+        raise ValueError(f"--retrieval is {args.retrieval}, but must be a number of images")
     if args.results:
         check_results_path(args.results)
     device = pick_device(args.device)

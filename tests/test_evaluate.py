@@ -144,6 +144,7 @@ ERRORS = {
     "best.pt images captions.json --ensemble nowhere.pt": "no file nowhere.pt",
     "best.pt images captions.json --results nowhere/out.json": "cannot write nowhere/out.json",
     "best.pt images captions.json --results images": "it is a folder",
+    "best.pt images captions.json --retrieval -1": "must be a number of images",
 }
 
 

@@ -43,7 +43,7 @@ class WorkerLoader(DataLoader):
                     batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, MemoryError) as error:
+            except (RuntimeError, MemoryError, EOFError, OSError) as error:
                 lines = str(error).splitlines() or [repr(error)]
                 of_dataset = lines[0].startswith("Caught ")  # an exception in a worker
                 out_of_memory = re.search("memory", lines[-1], re.IGNORECASE)

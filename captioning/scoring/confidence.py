@@ -138,9 +138,7 @@ class Confidence:
         count = len(self.images)
         nearest, index = similarity.topk(min(NEAREST, count))
         weights = torch.zeros_like(similarity).scatter(1, index, (SHARPNESS * nearest).softmax(1))
-        frequency = torch.sparse.mm(
-            self.word_shares, torch.full((count, 1), 1 / count, dtype=torch.float32)
-        ).squeeze(1)
+        frequency = torch.sparse.mm(self.word_shares, torch.full((count, 1), 1 / count)).squeeze(1)
         unseen = 0, max(vocab_size - len(frequency), 0)  # words that no training caption has
         support = torch.sparse.mm(self.word_shares, weights.T).T
         return F.pad(support, unseen), -(F.pad(frequency, unseen) + 1e-4).log()

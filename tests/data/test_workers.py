@@ -98,6 +98,21 @@ def test_killed_worker():
         list(get_loader(dataset, "val", 2, num_workers=2))
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset by peer")])
+def test_worker_killed_during_a_transfer(monkeypatch, error):
+    """So is the end of the connection on which a worker was handing over a batch."""
+
+    def ended(iterator):
+        raise error
+
+    iterator = torch.utils.data.dataloader._BaseDataLoaderIter
+    monkeypatch.setattr(iterator, "__next__", ended)
+    with pytest.raises(WorkerError, match="ended unexpectedly.*fewer --num-workers"):
+        list(get_loader(Images(), "val", 2, num_workers=2))
+    with pytest.raises(type(error)):
+        list(get_loader(Images(), "val", 2))
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # DataLoader's
 def test_workers_that_cannot_start(monkeypatch):
     """If the machine refuses the workers, the error says why and what to do."""
