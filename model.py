@@ -2,7 +2,6 @@
 
     model = CaptionModel.pretrained()             # or CaptionModel.from_checkpoint("best.pt")
     model.caption("photo.jpg")                    # ["a dog runs across the grass"]
-    model.card["summary"]                         # what the model was trained on
 
     encoder = EncoderCNN(embed_size=256)          # ResNet50, frozen, and a trainable linear layer
     decoder = DecoderRNN(embed_size=256, hidden_size=512, vocab_size=len(vocab))
@@ -28,8 +27,9 @@ from captioning.networks.attention import AttentionDecoder
 from captioning.networks.backbones import input_settings
 from captioning.networks.cnn import CNN
 from captioning.networks.config import INJECT, ModelConfig
-from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
+from captioning.networks.decoder import Decoder, open_forget_gates, select_predictions
 from captioning.networks.layers import BatchNorm
+from captioning.networks.word_detector import WordDetector
 from captioning.scoring.confidence import Confidence
 from vocabulary import Vocabulary
 
@@ -39,8 +39,8 @@ PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
 class EncoderCNN(nn.Module):
     """A pre-trained CNN without its classifier, followed by a trainable linear layer.
 
-    pooled: one embedding per image; otherwise the features of every position, for an
-        `AttentionDecoder`, whose own linear layers project them.
+    pooled: one embedding per image; otherwise the CNN's features of every position, for an
+        `AttentionDecoder`, which projects them.
     feature_dropout, image_norm, no_image: as in `ModelConfig`. Other options, errors: as in `CNN`.
     """
 
@@ -111,12 +111,12 @@ class DecoderRNN(Decoder):
         """Teacher forcing: (B, embed_size), (B, T) -> logits (B, T-1, vocab_size)."""
         return self.predict(features, captions)
 
-    def predict(self, features, captions, image_index=None, targets=None):
-        """`forward` for images with several captions, and for some targets: see `Decoder`."""
+    def predict(self, features, captions, image_index=None, kept=None):
+        """`forward` for images with several captions, and for some predictions: see `Decoder`."""
         features = select(features, image_index)  # (B, embed_size)
         inputs = self.embed(captions[:, :-1], features)  # (B, T-1, input_size)
         hidden, _ = self.lstm(inputs, self.init_state(features))  # (B, T-1, hidden_size)
-        return self.linear(select_targets(self.dropout(hidden), targets))
+        return self.linear(select_predictions(self.dropout(hidden), kept))
 
     def embed(self, tokens, features):
         """The inputs of the LSTM: (B, T), (B, embed_size) -> (B, T, input_size)."""
@@ -150,10 +150,9 @@ class DecoderRNN(Decoder):
 class CaptionModel(Captioner, nn.Module):
     """Encoder, decoder and `Vocabulary`: everything that is needed to caption an image.
 
-    weights: of the CNN, as in `EncoderCNN`.
-    backbone: an nn.Module to use as the CNN; config.backbone becomes the name of its class.
-    card: the model card, a dict that says what the model was trained on. confidence: a
-        `captioning.scoring.confidence.Confidence` if it has been calibrated, otherwise None.
+    weights: as in `EncoderCNN`. backbone: an nn.Module as CNN; config.backbone is then its class.
+    card: the model card, a dict that says what the model was trained on. detector: a `WordDetector`
+        that captioning uses, and confidence: a `Confidence`, or None.
     """
 
     def __init__(self, vocab, config: ModelConfig | None = None, weights="DEFAULT", backbone=None):
@@ -161,7 +160,7 @@ class CaptionModel(Captioner, nn.Module):
         c = config or ModelConfig()
         if backbone is not None:
             c = replace(c, backbone=type(backbone).__name__)
-        self.vocab, self.config = vocab, c
+        self.vocab, self.config, self.detector = vocab, c, None
         self.card = {"summary": "nothing is recorded about the training data"}
         self.transform = eval_transform(**input_settings(c.backbone, c.image_size))
         self.encoder = EncoderCNN(
@@ -219,7 +218,8 @@ class CaptionModel(Captioner, nn.Module):
             "tokenizer": TOKENIZER,
             "model": self.state_dict(),
             "card": self.card,
-            "confidence": self.confidence and self.confidence.state(),
+            "detector": self.detector and self.detector.fields(),
+            "confidence": self.confidence and asdict(self.confidence),
         }
 
     @classmethod
@@ -228,9 +228,8 @@ class CaptionModel(Captioner, nn.Module):
         """Load a trained model in eval mode. The file is self-contained, and no code in it is run.
 
         precision: override that of the checkpoint. backbone: if the model had an nn.Module as
-        backbone, another instance of it, whose weights are replaced.
-
-        Raises FileNotFoundError, or ValueError for a file that is damaged or not a checkpoint.
+        backbone, another instance of it, whose weights are replaced. Raises FileNotFoundError, or
+        ValueError for a file that is damaged or not a checkpoint.
         """
         checkpoint = load_checkpoint(path)
         config = ModelConfig(**checkpoint["config"])
@@ -240,8 +239,9 @@ class CaptionModel(Captioner, nn.Module):
         model = cls(vocab, config, weights=None, backbone=backbone)
         model.load_state_dict(checkpoint["model"])
         model.card = checkpoint["card"]
-        if checkpoint.get("confidence"):
-            model.confidence = Confidence.from_state(checkpoint["confidence"])
+        detector, confidence = map(checkpoint.get, ("detector", "confidence"))
+        model.detector = detector and WordDetector(detector)
+        model.confidence = confidence and Confidence(**confidence)
         return model.to(device).eval()
 
     @classmethod

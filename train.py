@@ -26,7 +26,6 @@ from captioning.base.files import write_text
 from captioning.base.options import names_with
 from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
-from captioning.data.features import Views
 from captioning.data.images import train_transform
 from captioning.learning.card import training_card
 from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
@@ -38,7 +37,6 @@ from captioning.learning.reward import CiderD
 from captioning.learning.run import Run
 from captioning.learning.sources import prepare_images
 from captioning.networks.backbones import input_settings
-from captioning.scoring.confidence import encode_images, pooled
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader
 from model import CaptionModel, ModelConfig
@@ -93,7 +91,6 @@ def assemble_run(config, device) -> Run:
     torch.manual_seed(config.seed)
     model = build_model(config, train_data).to(device)
     train_set, val_set = build_datasets(config, model, train_data, val_data)
-    extend_confidence(model, train_set)
     source = model.card if config.init_from else None
     model.card = training_card(config, train_set.data, val_set.data, source)
     run = Run(
@@ -140,8 +137,8 @@ def build_model(config, train_data) -> CaptionModel:
     model = CaptionModel(vocab, config.model_config(), weights=None)
     model.load_state_dict(with_new_words(source.state_dict(), len(new)))
     model.card = source.card
-    if config.fine_tune == "none":  # otherwise the features change, in which it compares images
-        model.confidence = source.confidence
+    if config.fine_tune == "none":  # otherwise the features change
+        model.confidence, model.detector = source.confidence, source.detector
     return model
 
 
@@ -171,16 +168,6 @@ def build_datasets(config, model, train_data, val_data):
         CaptionDataset(data, model.vocab, transform, features)
         for transform, (data, features) in zip((crop, model.transform), prepared, strict=True)
     ]
-
-
-@torch.no_grad()
-def extend_confidence(model, train_set):
-    """Add the training images to those whose captions support words, if there are such images."""
-    if model.confidence:
-        whole = Views(train_set.features.arrays[:1], kept=train_set.features.kept)
-        encoded = encode_images(model.eval(), ImageDataset(train_set.data, features=whole))
-        captions, encoded = train_set.captions_by_image(), torch.cat([*map(pooled, encoded)])
-        model.confidence = model.confidence.extended(encoded, captions)
 
 
 def build_loaders(config, train_set, val_set):

@@ -1,4 +1,4 @@
-"""Train and evaluate every row of the results table in the README, and print the table.
+"""Train and evaluate every row of the results table in docs/flickr8k.md, and print the table.
 
     python scripts/results_table.py --data flickr8k.json --out runs/table
     python scripts/results_table.py --data flickr8k.json --out runs/table --rows par attend
@@ -13,15 +13,13 @@
 
 The weights may also be "DEFAULT", to download them. The same works for COCO's folders. Every row is
 one `train.py` command per seed, which `--dry-run` prints. An interrupted row continues, and a
-complete one is not trained again, unless its options (or those of the row that it starts from), the
-captions or the weights have changed. Captions are generated with a beam of 5.
+complete one is not trained again: after changing options or data, choose another `--out`. Captions
+are generated with a beam of 5.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -53,10 +51,7 @@ ROWS = {
     "attend-crops": (f"{REGULARIZED} --crops 3 --epochs 16", None),
     "continued": (SMALL_STEPS, "attend"),
     "fine-tuned": (f"{SMALL_STEPS} --fine-tune last", "attend"),
-    "self-critical": (
-        "--inject attend --num-heads 8 --loss self-critical --epochs 8",
-        "fine-tuned",
-    ),
+    "self-critical": (SELF_CRITICAL, "fine-tuned"),
     "ensemble": (None, "self-critical"),
 }
 COLUMNS = {
@@ -94,44 +89,23 @@ def metrics_of(args, checkpoints) -> dict:
     return evaluate.run(evaluate.parse_args([str(word) for word in command]))
 
 
-def all_options(row) -> list[str]:
-    """The options of a row, after those of the rows that it starts from."""
-    options, base = ROWS[row]
-    return [*(all_options(base) if base else []), options]
-
-
-def digest(path) -> str:
-    """A hash of the content of a file, or the text itself if it is none: "DEFAULT"."""
-    file = Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else str(path)
-
-
 def result(args, encoder, row, seed) -> dict:
     """The metrics of a run, which is trained, and before it the row that it starts from.
 
-    row.json in its folder contains what the run depends on and, when it is complete, its metrics.
+    row.json in its folder contains the metrics of a complete run.
     """
     folder = run_folder(args, encoder, row, seed)
     file = folder / "row.json"
-    inputs = args.data["train_captions"], args.data["val_captions"], args.data["encoders"][encoder]
-    key = {"options": all_options(row), "inputs": [digest(path) for path in inputs]}
-    saved = json.loads(file.read_text()) if file.is_file() else {}
-    changed = bool(saved) and not key.items() <= saved.items()
-    if "metrics" in saved and not changed:
-        return saved["metrics"]
+    if file.is_file():
+        return json.loads(file.read_text())
     if ROWS[row][1]:
         result(args, encoder, ROWS[row][1], seed)
-    if changed:
-        print(f"{folder}: trained from the beginning, because its options or data have changed")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(key))
     if train.main(train_command(args, encoder, row, seed)):
         raise SystemExit(f"{row} with seed {seed} is not complete; see the message above")
     metrics = metrics_of(args, [folder / "best.pt"])
     history = [json.loads(line) for line in (folder / "history.jsonl").open()]
     metrics["minutes"] = sum(line.get("seconds", 0) for line in history) / 60
-    write_text(file, json.dumps(key | {"metrics": metrics}))
+    write_text(file, json.dumps(metrics))
     return metrics
 
 

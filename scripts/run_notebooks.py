@@ -81,14 +81,12 @@ def compress(figure):
         return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).mean)
 
     image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=50)
-    kind, limit = "image/jpeg", change(Image.open(best))
-    for colours in (64, 128, 256):
-        reduced = image.quantize(colours, dither=Image.Dither.NONE)
+    reduced = image.quantize(256, dither=Image.Dither.NONE)
+    if change(reduced) <= change(Image.open(best)):
         reduced.save(png := io.BytesIO(), "PNG", optimize=True)
-        if change(reduced) <= limit and png.tell() < best.tell():
-            kind, best = "image/png", png
-            break
-    return kind, base64.b64encode(best.getvalue()).decode()
+        if png.tell() < best.tell():
+            return "image/png", base64.b64encode(png.getvalue()).decode()
+    return "image/jpeg", base64.b64encode(best.getvalue()).decode()
 
 
 def override(notebook, parameters) -> set[str]:

@@ -6,10 +6,11 @@
 two folders, flickr8k and coco, with images/ and annotations/captions_{train,val}.json in each.
 
 First the decoder is trained as a language model, on caption_text.txt, then with the photographs of
-both folders. The model of the last epoch is kept, in which the learning rate has fallen to zero.
-Its confidence is calibrated on the validation photographs of both folders. Three other models,
-trained on the same photographs, are compared with it in a history, which the notebooks show. The
-command continues after an interruption.
+both folders. The model of the last epoch is kept, in which the learning rate has fallen to zero. It
+gets a detector of words, which learns from imagenet_words.json which classes of ImageNet a word
+names, and its confidence is calibrated on the validation photographs of both folders. Three other
+models, trained on the same photographs, are compared with it in a history, which the notebooks
+show. The command continues after an interruption.
 """
 
 import argparse
@@ -26,14 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import evaluate
 import train
-from captioning.base.checkpoints import export, save
+from captioning.base.checkpoints import export, load_safely, save
 from captioning.base.files import write_text
+from captioning.base.tokens import tokenize
 from captioning.data.coco import CocoCaptions, read_captions
+from captioning.figures.nouns import NOUNS
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
 from captioning.learning.optimizer import build_optimizer
 from captioning.learning.run import Run
-from captioning.scoring.confidence import calibrate
+from captioning.networks.word_detector import WordDetector, pooled, word_shares
+from captioning.scoring.confidence import calibrate, encode_images
 from data_loader import Batch, ImageDataset, get_loader
 from model import PRETRAINED, CaptionModel
 from vocabulary import Vocabulary
@@ -109,15 +113,29 @@ def train_language_model(config, text_file):
     fit(Run(config, model, loss, optimizer, train_loader, get_loader(held_out, "val", 512)))
 
 
-def calibrated(checkpoint, data, files, cache_dir) -> CaptionModel:
-    """The model of a checkpoint, with a confidence that is fitted on the validation photographs."""
-    model, images = CaptionModel.from_checkpoint(checkpoint), []
-    for split in ("train", "val"):
-        captions = CocoCaptions(data, files[split])
-        features = evaluate.features_of(model, captions, cache_dir)
-        images.append(ImageDataset(captions, features=features))
-    model.confidence = calibrate(model, *images, beam_size=BEAM_SIZE)
-    return model
+def named_classes(vocab) -> list[tuple[int, int]]:
+    """Pairs of a word's index in `vocab` and of a class of ImageNet that it names."""
+    table, pairs = json.loads((Path(__file__).parent / "imagenet_words.json").read_text()), []
+    for word in table.keys() & vocab.index.keys():
+        for part in table[word].split():
+            first, _, last = part.partition("-")
+            pairs += [(vocab(word), k) for k in range(int(first), int(last or first) + 1)]
+    return sorted(pairs)
+
+
+def fit_detector(model, captions, weights, cache_dir) -> WordDetector:
+    """A detector of words, fitted to the training photographs and their captions.
+
+    weights: the file of the CNN's weights, with those of its classifier.
+    """
+    features = evaluate.features_of(model, captions, cache_dir)
+    encoded = torch.cat(
+        [pooled(x) for x in encode_images(model, ImageDataset(captions, features=features))]
+    )
+    state = load_safely(weights)
+    classifier = state["classifier.weight"].float(), state["classifier.bias"].float()
+    shares = word_shares(model.vocab, captions.captions)
+    return WordDetector.fit(encoded, shares, classifier, named_classes(model.vocab))
 
 
 def train_photographs(command, photos):
@@ -134,21 +152,30 @@ def train_photographs(command, photos):
     fit(train.build_run(config), after_epoch)
 
 
-def history_of(out) -> dict:
-    """The results of each epoch of all runs, and captions of the photographs in photos/."""
+def count_nouns(captions) -> dict[str, int]:
+    """How many images have one of the words in their captions, for each of the NOUNS."""
+    found = [set(tokenize(" ".join(texts))) for texts in captions]
+    return {x: sum(not words.isdisjoint(x.split()) for words in found) for x in NOUNS.values()}
+
+
+def history_of(out, captions) -> dict:
+    """The results of each epoch of all runs, captions of the photographs in photos/, and how often
+    the training captions name their main objects.
+    """
 
     def lines(name):
         return [json.loads(line) for line in (out / name / "history.jsonl").open()]
 
-    def captions(name):
+    def captions_of(name):
         return json.loads((out / name / "captions.json").read_text())
 
-    last = {name: list(captions(name).values())[-1] for name in COMPARED}
+    last = {name: list(captions_of(name).values())[-1] for name in COMPARED}
     return {
         **{name: lines(name) for name in ("language_model", "photographs")},
         "compared": {name: lines(name) for name in COMPARED},
-        "captions": last | {"attend": list(captions("photographs").values())[-1]},
-        "captions_by_epoch": captions("photographs"),
+        "captions": last | {"attend": list(captions_of("photographs").values())[-1]},
+        "captions_by_epoch": captions_of("photographs"),
+        "counts": count_nouns(captions),
     }
 
 
@@ -179,7 +206,11 @@ def main():
         start = [*flags, "--init-from", last] if name == "self-critical" else new
         train_photographs([*start, "--out", args.out / name, *options.split()], photos)
 
-    model = calibrated(last, args.data, files, args.cache_dir)
+    model = CaptionModel.from_checkpoint(last)
+    captions, val_captions = (CocoCaptions(args.data, files[split]) for split in ("train", "val"))
+    model.detector = fit_detector(model, captions, args.weights, args.cache_dir)
+    features = evaluate.features_of(model, val_captions, args.cache_dir)
+    model.confidence = calibrate(model, ImageDataset(val_captions, features=features), BEAM_SIZE)
     save(model.checkpoint(), args.out / "calibrated.pt")
     card = json.loads((Path(__file__).parent / "photo_captioner_card.json").read_text())
     export(args.out / "calibrated.pt", args.target, card)  # half precision changes the scores
@@ -187,7 +218,8 @@ def main():
     command += ["--beam-size", BEAM_SIZE]
     metrics = evaluate.run(evaluate.parse_args([*map(str, command)]))
     export(args.out / "calibrated.pt", args.target, card | {"validation": metrics})
-    write_text(args.target.with_suffix(".history.json"), json.dumps(history_of(args.out)))
+    history = history_of(args.out, captions.captions)
+    write_text(args.target.with_suffix(".history.json"), json.dumps(history))
     print(json.dumps(metrics, indent=2))
 
 

@@ -20,7 +20,8 @@ from caption import main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError, open_image
 from captioning.figures import plots
-from captioning.scoring.confidence import Confidence
+from captioning.networks.word_detector import WordDetector
+from captioning.scoring.confidence import Confidence, caption_predictors
 from model import CaptionModel
 from vocabulary import SPECIAL_TOKENS
 
@@ -120,9 +121,11 @@ def calibrated(model, photos, tmp_path):
     """A checkpoint with a confidence, fitted to scores that are made up."""
     model = copy.deepcopy(model)
     encoded = model.encode(model.preprocess(photos)).detach()
-    found = Confidence.of_images(encoded, [[[4, 4 + row % 6]] for row in range(len(photos))])
-    predictors = found.predictors(encoded, model.generate(model.preprocess(photos)))[:, 0]
-    model.confidence = found.fitted(100 * predictors, torch.linspace(0, 2, len(photos)))
+    shares = torch.rand(len(photos), len(model.vocab), generator=torch.Generator().manual_seed(0))
+    detector = model.detector = WordDetector.fit(encoded, shares)
+    decoded = model.generate(model.preprocess(photos))
+    predictors = caption_predictors(detector, encoded, decoded)[:, 0]
+    model.confidence = Confidence.fit(100 * predictors, torch.linspace(0, 2, len(photos)))
     save(model.checkpoint(), tmp_path / "calibrated.pt")
     return tmp_path / "calibrated.pt"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import WORDS, tiny_config, tiny_model
 from pretended_device import pretend_cuda
 
 from captioning.data.extraction import extract_features
@@ -16,7 +16,9 @@ from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
 from captioning.learning.optimizer import update
 from captioning.learning.reward import CiderD
+from captioning.networks.word_detector import WordDetector
 from captioning.scenes.dataset import write_synthetic
+from captioning.scoring.confidence import Confidence
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import Batch
 from train import build_run
@@ -29,7 +31,12 @@ BATCH = Batch(torch.rand(2, 3, 64, 64), CAPTIONS, None, torch.tensor([0, 0, 1]))
 def model(request):
     with pretend_cuda():
         torch.manual_seed(0)
-        yield tiny_model(inject=request.param, fine_tune="all", image_norm=True).to("cuda")
+        model = tiny_model(inject=request.param, fine_tune="all", image_norm=True)
+        if request.param == "attend":
+            x, shares = torch.rand(9, model.encoder.cnn.feature_size), torch.rand(9, len(WORDS))
+            model.detector = WordDetector.fit(x, shares, (x[:3], x[0, :3]), [(4, 0)])
+            model.confidence = Confidence(torch.ones(5), torch.zeros(()))
+        yield model.to("cuda")
 
 
 @pytest.fixture

@@ -98,15 +98,15 @@ def test_teacher_forcing(inject, num_layers):
 
 
 @pytest.mark.parametrize("inject", INJECT)
-def test_targets_and_shared_images(inject):
-    """`targets` selects rows of all logits, in that order; `image_index` repeats images."""
+def test_kept_predictions_and_shared_images(inject):
+    """`kept` selects rows of all logits, in that order; `image_index` repeats images."""
     torch.manual_seed(2)
     decoder = DecoderRNN(5, 6, vocab_size=9, inject=inject).eval()
-    features, targets = torch.randn(3, 5), torch.tensor([14, 0, 7, 7, 3])
+    features, kept = torch.randn(3, 5), torch.tensor([14, 0, 7, 7, 3])
     index = torch.tensor([2, 0, 2])
     logits = decoder(features[index], CAPTIONS).flatten(0, 1)
-    found = decoder.predict(features, CAPTIONS, index, targets)
-    torch.testing.assert_close(found, logits[targets])
+    found = decoder.predict(features, CAPTIONS, index, kept)
+    torch.testing.assert_close(found, logits[kept])
 
 
 def test_unknown_inject():

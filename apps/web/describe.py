@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from captioning.base.tokens import split_words
-from captioning.data.images import BadImageError, attention_mask, load_image
+from captioning.data.images import BadImageError, attention_heatmap, load_image
 from captioning.decoding.captioner import Captioned
 
 ALTERNATIVES = 5
@@ -90,7 +90,9 @@ def word_maps(image, found: Captioned) -> str:
         return ""
     square, figures = ImageOps.fit(image, (160, 160)), []  # the crop of `eval_transform`
     for word, weights in zip(split_words(found.captions[0]), found.attention, strict=True):
-        opacity = attention_mask(weights, square.size).point(lambda value: 64 + value * 191 // 255)
+        opacity = attention_heatmap(weights, square.size).point(
+            lambda value: 64 + value * 191 // 255
+        )
         shaded = Image.composite(square, Image.new("RGB", square.size), opacity)
         label = f"<figcaption>{escape(word)}</figcaption>"
         figures.append(f'<figure><img src="{data_url(shaded)}" alt="">{label}</figure>')

@@ -15,7 +15,7 @@ import torch
 from captioning.base.files import atomic_write
 from captioning.base.tokens import TOKENIZER
 
-FORMAT = 2  # of checkpoints of a model; increase it when older ones cannot be loaded any more
+FORMAT = 3  # of checkpoints of a model; increase it when older ones cannot be loaded any more
 CONTENT = {"config": dict, "words": list, "threshold": int, "model": dict, "card": dict}
 
 
@@ -82,11 +82,17 @@ def export(source, target, card=None):
     precision. Raises what `load_checkpoint` raises, or OSError.
     """
     checkpoint = load_checkpoint(source)
-    state = {
-        name: tensor.half() if tensor.dtype == torch.float32 and tensor.dim() > 1 else tensor
-        for name, tensor in checkpoint["model"].items()
-    }
+    halves = {}
+
+    def halved(value):
+        if isinstance(value, dict):
+            return {name: halved(content) for name, content in value.items()}
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.dim() > 1:
+            return halves.setdefault(value.data_ptr(), value.half())  # tied weights once
+        return value
+
     kept = {name: checkpoint[name] for name in ("format", *CONTENT)}
+    kept |= {name: halved(checkpoint.get(name)) for name in ("model", "detector")}
     kept |= {"confidence": checkpoint.get("confidence"), "tokenizer": TOKENIZER}
-    kept |= {"model": state, "card": checkpoint["card"] | (card or {})}
+    kept |= {"card": checkpoint["card"] | (card or {})}
     save(kept | {"history": checkpoint.get("history", [])}, target)

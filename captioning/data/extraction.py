@@ -6,8 +6,8 @@
 
 The name of their folder is a fingerprint of the CNN (settings, precision, weights), of what the
 transform returns for an image, and of the images (name, size, modification time). Pooled ResNet50
-features of COCO's 123,287 images take 505 MB in half precision, feature maps 24.7 GB; of neither
-more is read than the images of a batch.
+features of COCO's 123,287 images take 505 MB in half precision, feature maps 24.7 GB; of either,
+only the features of the current batch are read.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from captioning.data.workers import WorkerLoader
 
 FORMAT = "7"  # increase it when the content of the files, or how images are opened, changes
 SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
-LARGE = 1e9  # bytes of features, whose size is printed before they are written
+LARGE = 1e9  # bytes; the size of features that take more is printed first
 
 
 @usual_defaults()

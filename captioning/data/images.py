@@ -182,7 +182,7 @@ class CropTransform:
         return f"CropTransform({self.seed}, {self.transform})"
 
 
-def attention_mask(weights, size) -> Image.Image:
+def attention_heatmap(weights, size) -> Image.Image:
     """Attention weights (H, W) as a grey image of `size` (width, height), interpolated.
 
     The largest weight becomes 255, and 0 stays 0.

@@ -20,8 +20,8 @@ def beam_search(
     The beam of an image holds the `beam_size` most probable prefixes. A caption that ends leaves
     the beam; the ended captions are ranked by log-probability / length ** length_penalty (Wu et
     al., 2016, arXiv:1609.08144, without their constants), where the length includes `<end>`.
-    Prefixes that have not ended after `max_len` tokens rank below all captions that have. None ends
-    before it has `min_len` words.
+    Prefixes that have not ended after `max_len` tokens rank below all captions that have. No
+    caption ends before it has `min_len` words.
 
     Raises ValueError if the model computes NaN.
     """

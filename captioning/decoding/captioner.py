@@ -32,6 +32,7 @@ class Captioner:
     preprocess(images)          a list of paths or PIL images -> a batch; raises BadImageError
     encode(images, features)    a batch of images or of features -> what the decoder takes
     autocast()                  the precision, as a context manager
+    detector                    a `networks.word_detector.WordDetector`, or None
     """
 
     confidence = None  # a `captioning.scoring.confidence.Confidence`
@@ -64,7 +65,7 @@ class Captioner:
             )
 
     def describe(self, images, return_attention=False, on_bad=None, batch_size=32, **options):
-        """Yields a `Captioned` for each image, in order; an image is read when it is needed.
+        """Yields a `Captioned` for each image, in order; images are read `batch_size` at a time.
 
         on_bad: a function that gets the BadImageError of an image that cannot be read, which is
             then left out; None: it is raised. options: those of `DecodingOptions`.
@@ -93,20 +94,20 @@ class Captioner:
 
     @usual_defaults()
     def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
-        """Captions of a batch as token ids. options: `captioning.decoding.DecodingOptions`.
+        """Captions of a batch as token ids. options: `decoding.generate.DecodingOptions`.
 
-        With a confidence, it supports words that similar training images have in their captions,
-        and the captions of a beam are ranked by it, not by their scores.
+        With a detector, the words that it finds are more probable. With a confidence, the captions
+        of a beam are ranked by it, not by their scores.
         """
         wanted = DecodingOptions(**options)
         beam = {"n_best": wanted.beam_size} if self.confidence and wanted.beam_size else {}
-        decoder = self.confidence.supported(self.decoder) if self.confidence else self.decoder
+        decoder = self.detector.supported(self.decoder) if self.detector else self.decoder
         with eval_mode(self), self.autocast():
             encoded = self.encode(images, features)
             decoded = generate(decoder, encoded, generator, **options | beam)
         if self.confidence is None:
             return decoded
-        confidence = self.confidence(encoded, decoded).to(decoded.scores.device)
+        confidence = self.confidence(self.detector, encoded, decoded)
         order = confidence.topk(wanted.n_best).indices
         return decoded._replace(confidence=confidence).take(order).trimmed()
 

@@ -29,7 +29,7 @@ class Ensemble(Captioner, nn.Module):
             raise ValueError("an ensemble needs at least one model")
         if any(model.vocab.words != models[0].vocab.words for model in models):
             raise ValueError("the models of an ensemble must have the same vocabulary")
-        self.models, self.vocab = nn.ModuleList(models), models[0].vocab
+        self.models, self.vocab, self.detector = nn.ModuleList(models), models[0].vocab, None
         self.decoder = EnsembleDecoder(
             [model.decoder for model in models], [model.autocast for model in models]
         )
@@ -75,9 +75,9 @@ class EnsembleDecoder:
     def init_state(self, memory):
         return self._each("init_state", zip(memory, strict=True))
 
-    def predict(self, memory, captions, image_index=None, targets=None):
+    def predict(self, memory, captions, image_index=None, kept=None):
         """Teacher forcing, as `Decoder.predict`: the mean log-probabilities."""
-        own = ((m, captions, image_index, targets) for m in memory)
+        own = ((m, captions, image_index, kept) for m in memory)
         return mean_log_probs(self._each("predict", own))
 
     def step(self, tokens, state, memory):

@@ -22,7 +22,7 @@ class DecodingOptions:
         LENGTH_PENALTY, "rank by log-probability / length ** this", at_least=0, below=100
     )
     max_len: int = option(20, "words of a caption, <end> included", at_least=1)
-    min_len: int = option(0, "words of a caption at least, without <end>", at_least=0)
+    min_len: int = option(0, "minimum number of words, without <end>", at_least=0)
     temperature: float = option(0.0, "above 0: sample words, without beam search", at_least=0)
 
     def __post_init__(self):

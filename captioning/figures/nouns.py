@@ -1,13 +1,11 @@
 """What the photographs show, and how often the training photographs of the captioner show it.
 
-len(training_photographs(model, ["pig", "pigs"]))   # a caption has one of the words
-noun_bars(main_nouns(model, photographs), total=8033)
+noun_bars(main_nouns(history["counts"], photographs), total=8033)
 """
 
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
@@ -43,14 +41,6 @@ NOUNS = {
 }
 
 
-def training_photographs(model, words) -> set[int]:
-    """The numbers of the training photographs whose captions contain one of the words."""
-    confidence = model.confidence  # it keeps the words of the training captions
-    known = [model.vocab(word) for word in words if word in model.vocab.words]
-    rows = torch.arange(len(confidence.counts)).repeat_interleave(confidence.counts.long())
-    return set(rows[torch.isin(confidence.words.long(), torch.tensor(known))].tolist())
-
-
 class Noun(NamedTuple):
     """The main object of a photograph."""
 
@@ -60,14 +50,16 @@ class Noun(NamedTuple):
     named: bool  # whether the predicted caption names it
 
 
-def main_nouns(model, photographs) -> list[Noun]:
-    """The main object of each photograph, the most frequent in training first."""
+def main_nouns(counts, photographs) -> list[Noun]:
+    """The main object of each photograph, the most frequent in training first.
+
+    counts: for each of the NOUNS, of the training photographs whose captions have a word of it.
+    """
     found = []
     for photograph in photographs:
-        words = NOUNS[photograph.name].split()
-        named = bool(set(words) & set(split_words(photograph.predicted)))
-        count = len(training_photographs(model, words))
-        found.append(Noun(words[0], photograph.image, count, named))
+        words = NOUNS[photograph.name]
+        named = bool(set(words.split()) & set(split_words(photograph.predicted)))
+        found.append(Noun(words.split()[0], photograph.image, counts[words], named))
     return sorted(found, key=lambda noun: -noun.count)
 
 

@@ -13,7 +13,7 @@ from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea, VPacker
 from PIL import Image
 
 from captioning.base.tokens import split_words
-from captioning.data.images import attention_mask
+from captioning.data.images import attention_heatmap
 
 BLUE, ORANGE, GREY, RED = "#2a6f97", "#e07a3f", "#8d99ae", "#c1121f"
 COLOURS = (BLUE, ORANGE, GREY, "black")
@@ -166,7 +166,7 @@ def attention_maps(image, caption, maps, columns=6, width=1.8, boxes=None):
     boxes: {position of a word: (x, y, width, height)}, rectangles in pixels of the image.
     """
     dark = image.point(lambda value: value // 5)
-    masks = [attention_mask(weights, image.size) for weights in maps]
+    masks = [attention_heatmap(weights, image.size) for weights in maps]
     shaded = [Image.composite(image, dark, mask) for mask in masks]
     axes = image_grid([*shaded, image], [*split_words(caption), "the image"], columns, width)
     for t, (x, y, *size) in (boxes or {}).items():

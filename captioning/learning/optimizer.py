@@ -10,7 +10,7 @@ from captioning.base.distributed import all_reduce_sum, rank_and_world_size
 def update(optimizer, targets, factor, grad_clip):
     """An optimizer step with the mean gradient over the targets of all ranks; returns its norm.
 
-    targets: their number on this rank. factor: of the maximum learning rate of each group.
+    targets: their number on this rank. factor: what the max_lr of each group is multiplied by.
     grad_clip: maximum norm.
     """
     _, world_size = rank_and_world_size()

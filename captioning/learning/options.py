@@ -19,8 +19,8 @@ class TrainConfig(ModelConfig):
     """Everything that a run depends on; the command line's flags are these fields.
 
     `may_change`: options that may differ when a run is resumed; another value of any other option
-    would make it another run. `required`: by the command line and `build_run`, but not by a `Run`
-    with loaders of one's own.
+    would make it another run. `required`: by the command line and `build_run`, not by a `Run` with
+    your own loaders.
     """
 
     train_images: str | None = option(
@@ -42,7 +42,7 @@ class TrainConfig(ModelConfig):
     min_word_freq: int = option(5, "rarer words of the training captions become <unk>", at_least=1)
     # training
     epochs: int = option(10, "passes over all training captions", at_least=1, may_change=True)
-    crops: int = option(0, "random crops of each training image to use too", at_least=0)
+    crops: int = option(0, "random crops in addition to each training image", at_least=0)
     batch_size: int = option(64, "captions per batch", at_least=1)
     grad_accum_steps: int = option(2, "batches per optimizer step, to mix lengths", at_least=1)
     learning_rate: float = option(2e-3, "highest learning rate (of AdamW)", above=0)

@@ -17,7 +17,7 @@ from torch import nn
 
 from captioning.base.modules import select
 from captioning.base.tokens import PAD
-from captioning.networks.decoder import Decoder, open_forget_gates, select_targets
+from captioning.networks.decoder import Decoder, open_forget_gates, select_predictions
 
 HIDDEN_RATIO = 2  # the attention LSTM is this many times as narrow as the language LSTM
 
@@ -64,10 +64,10 @@ class AttentionDecoder(Decoder):
         keys = self.split_heads(self.keys(features))
         return keys, self.split_heads(values), values.mean(1)
 
-    def predict(self, memory, captions, image_index=None, targets=None):
+    def predict(self, memory, captions, image_index=None, kept=None):
         """Teacher forcing, see `Decoder.predict`."""
-        hidden, _, _ = self.hidden(captions[:, :-1], None, select(memory, image_index))
-        return self.logits(select_targets(hidden, targets))
+        hidden, _, _ = self.run_lstms(captions[:, :-1], None, select(memory, image_index))
+        return self.logits(select_predictions(hidden, kept))
 
     def init_state(self, memory):
         """(h, c, h, c) of the two LSTMs, each (1, B, size): zeros."""
@@ -81,14 +81,14 @@ class AttentionDecoder(Decoder):
         logits: (B, vocab_size) of the next word. attention: (B, P), the weights with which it is
         predicted, averaged over the heads.
         """
-        hidden, state, attention = self.hidden(tokens.unsqueeze(1), state, memory)
+        hidden, state, attention = self.run_lstms(tokens.unsqueeze(1), state, memory)
         return self.logits(hidden.squeeze(1)), state, attention.squeeze(1)
 
     def logits(self, hidden):
         """(.., hidden_size) -> (.., vocab_size)."""
         return self.linear(self.projection(hidden))
 
-    def hidden(self, tokens, state, memory):
+    def run_lstms(self, tokens, state, memory):
         """(B, T) -> outputs (B, T, hidden_size), state, attention (B, T, P)."""
         keys, values, mean = memory
         first, second = (None, None) if state is None else (state[:2], state[2:])

@@ -79,7 +79,7 @@ def build_backbone(backbone, weights, pooled=True, image_size=None) -> nn.Module
 
 
 def last_stage(network, name) -> list[nn.Parameter]:
-    """The parameters of the last stage of a network of `build_backbone`, to train them alone.
+    """The parameters of the last stage of a network that `build_backbone` returned.
 
     It computes at the lowest resolution, such as layer4 of a ResNet; its BatchNorms are left out.
     Raises ValueError if it is not known.

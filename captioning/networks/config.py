@@ -13,7 +13,8 @@ INJECT = ("par", "pre", "init")  # the ways in which the image enters `DecoderRN
 class ModelConfig:
     """The options of a model: everything but the words and the weights.
 
-    `fits`: options that the weights of a checkpoint depend on; `sees`: what the CNN is shown.
+    `fits`: options that decide the shapes or the meaning of the weights; `sees`: further options
+    that --init-from takes from the checkpoint.
     """
 
     backbone: str = option("resnet50", "a network of torchvision, or timm/NAME", fits=True)
@@ -46,4 +47,4 @@ class ModelConfig:
         if self.inject == "attend" and self.num_layers > 1:
             raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
         if self.no_image and self.fine_tune != "none":
-            raise ValueError("no_image hides the images from the CNN: it cannot be fine-tuned")
+            raise ValueError("no_image replaces the features by zeros: no CNN can be fine-tuned")

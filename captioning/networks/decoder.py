@@ -26,13 +26,13 @@ class Decoder(nn.Module):
     def step(self, tokens, state, memory):
         raise NotImplementedError
 
-    def predict(self, memory, captions, image_index=None, targets=None):
+    def predict(self, memory, captions, image_index=None, kept=None):
         """The logits of the words of captions, given the words before them.
 
         captions: (B, T). image_index: (B,), the row of `memory` that belongs to each caption; None:
-        the same row. targets: (N,) indices into the B * (T-1) predictions. The vocabulary
-        projection, which dominates the cost, is then computed for these alone.
-        Returns (B, T-1, vocab_size), or (N, vocab_size) for `targets`.
+        the same row. kept: (N,) indices into the B * (T-1) predictions. The vocabulary
+        projection, which dominates the cost, is then computed for these alone; None: for all.
+        Returns (B, T-1, vocab_size), or (N, vocab_size) for `kept`.
         """
         raise NotImplementedError
 
@@ -51,9 +51,9 @@ class Decoder(nn.Module):
             return generate(self, features, beam_size=beam_size, **options)
 
 
-def select_targets(hidden, targets):
+def select_predictions(hidden, kept):
     """The outputs at some of the predictions: (B, T, size), (N,) -> (N, size). None: all."""
-    return hidden if targets is None else hidden.flatten(0, 1).index_select(0, targets)
+    return hidden if kept is None else hidden.flatten(0, 1).index_select(0, kept)
 
 
 def open_forget_gates(lstm):

@@ -44,9 +44,9 @@ def predictions(model, memory, captions, image_index=None):
         on_device = (
             x.to(model.device, non_blocking=True) for x in (chunk, index, real, targets[real])
         )
-        chunk, index, positions, targets = on_device
+        chunk, index, kept, targets = on_device
         yield (
-            model.decoder.predict(memory, chunk, index, positions),
+            model.decoder.predict(memory, chunk, index, kept),
             targets,
             rows[real // (chunk.size(1) - 1)],
         )

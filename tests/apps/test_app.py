@@ -266,9 +266,3 @@ def test_no_request_leaves_the_computer(server, page, photos):
     own = f"http://127.0.0.1:{server[0]}/", "data:", "blob:"
     assert len(page.addresses) > 5
     assert [address for address in page.addresses if not address.startswith(own)] == []
-
-
-def test_the_page_fits_a_phone(page, photos):
-    """At a width of 390 pixels nothing extends beyond the window."""
-    add(page, photos)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390

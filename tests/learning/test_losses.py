@@ -181,8 +181,8 @@ class Unigrams(nn.Module):
     def step(self, tokens, state, memory):
         return self.logits.expand(len(tokens), -1).clone(), state, None
 
-    def predict(self, memory, captions, image_index, targets):
-        return self.logits.expand(len(targets), -1).clone()
+    def predict(self, memory, captions, image_index, kept):
+        return self.logits.expand(len(kept), -1).clone()
 
 
 def test_expected_gradient():

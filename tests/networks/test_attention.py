@@ -53,11 +53,11 @@ def test_step(decoder, features):
             np.testing.assert_allclose(attention[b].detach().numpy(), expected, atol=1e-5)
 
 
-def test_targets_and_shared_images(decoder, features):
-    """`targets` selects rows of all logits, in that order; `image_index` repeats images."""
-    targets = torch.tensor([9, 0, 3])
-    found = decoder.predict(decoder.memory(features), CAPTIONS, INDEX, targets)
-    expected = decoder(features[INDEX], CAPTIONS).flatten(0, 1)[targets]
+def test_kept_predictions_and_shared_images(decoder, features):
+    """`kept` selects rows of all logits, in that order; `image_index` repeats images."""
+    kept = torch.tensor([9, 0, 3])
+    found = decoder.predict(decoder.memory(features), CAPTIONS, INDEX, kept)
+    expected = decoder(features[INDEX], CAPTIONS).flatten(0, 1)[kept]
     torch.testing.assert_close(found, expected)
 
 
