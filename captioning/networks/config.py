@@ -47,4 +47,4 @@ class ModelConfig:
         if self.inject == "attend" and self.num_layers > 1:
             raise ValueError("inject attend has two LSTMs of one layer each: num_layers must be 1")
         if self.no_image and self.fine_tune != "none":
-            raise ValueError("no_image replaces the features by zeros: no CNN can be fine-tuned")
+            raise ValueError("no_image replaces the features by zeros: they cannot be fine-tuned")

@@ -1,6 +1,5 @@
 """The five notebooks, executed on a small synthetic dataset as by `make run`."""
 
-import ast
 import base64
 import io
 import json
@@ -14,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from run_notebooks import NOTEBOOKS, SETUP, compress, execute, main, override, parameter
+from run_notebooks import NOTEBOOKS, compress, execute, main, override, parameter
 
 from captioning.scenes.dataset import write_synthetic
 
@@ -72,31 +71,6 @@ def test_the_report(executed):
     for text in ("synthetic", "scenes exactly right", *names.split(", ")):
         assert text in executed[0], text
     assert executed[0].count("\n  actual") == executed[0].count("\n  predicted") == 5
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git repository to clone")
-def test_opened_alone(tmp_path):
-    """In an empty folder, the first cell of a notebook clones and installs the repository, and the
-    imports of all notebooks work.
-    """
-    imports = []
-    for name in NOTEBOOKS:
-        cells = nbformat.read(ROOT / f"{name}.ipynb", 4).cells
-        first, *others = [cell.source for cell in cells if cell.cell_type == "code"]
-        assert first == SETUP
-        imports += [line for source in others for line in import_lines(source)]
-    lines = [SETUP, "sys.path.insert(0, '')", *dict.fromkeys(imports), "print(os.getcwd())"]
-    script = "\n".join(lines)
-    environment = os.environ | {"REPOSITORY": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == [str(tmp_path / "coco-image-caption")], run.stderr
-
-
-def import_lines(source):
-    """The import statements of a cell, each as one line."""
-    nodes = ast.walk(ast.parse(source))
-    return [ast.unparse(node) for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def test_a_failing_cell_is_named():
