@@ -81,11 +81,15 @@ def compress(figure):
         return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).mean)
 
     image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=50)
-    reduced = image.quantize(256, dither=Image.Dither.NONE)
-    if change(reduced) <= change(Image.open(best)):
+    limit = change(Image.open(best))
+    for colours in (64, 128, 256):
+        reduced = image.quantize(colours, dither=Image.Dither.NONE)
+        if change(reduced) > limit:
+            continue
         reduced.save(png := io.BytesIO(), "PNG", optimize=True)
         if png.tell() < best.tell():
             return "image/png", base64.b64encode(png.getvalue()).decode()
+        break  # more colours take more bytes
     return "image/jpeg", base64.b64encode(best.getvalue()).decode()
 
 
