@@ -15,7 +15,8 @@ test: .venv/ready .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 notebooks: .venv/ready
 	$(BIN)/python scripts/run_notebooks.py --in-place

@@ -43,6 +43,14 @@ CAPTIONS = [
 ]
 
 
+SLOW = ("test_notebooks.py", "test_learning.py", "test_checkpoint.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first, so that no worker process is still busy when the others are done."""
+    items.sort(key=lambda item: item.path.name not in SLOW)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The tests are too small to benefit from more threads; OMP_NUM_THREADS overrides this."""

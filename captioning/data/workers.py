@@ -44,6 +44,10 @@ class WorkerLoader(DataLoader):
             except StopIteration:
                 return
             except (RuntimeError, MemoryError, EOFError, OSError) as error:
+                if self.num_workers:
+                    # The traceback and the iterator form a cycle. If the garbage collector frees
+                    # them, it waits five seconds for each worker.
+                    error.with_traceback(None)
                 lines = str(error).splitlines() or [repr(error)]
                 of_dataset = lines[0].startswith("Caught ")  # an exception in a worker
                 out_of_memory = re.search("memory", lines[-1], re.IGNORECASE)

@@ -1,6 +1,7 @@
 """Batches from worker processes that lack shared memory, open files, or that are killed."""
 
 import contextlib
+import gc
 import multiprocessing.synchronize
 import os
 import resource
@@ -139,13 +140,18 @@ def test_worker_without_memory(error):
 
 
 def test_error_of_the_dataset_in_a_worker():
-    """An error of the dataset itself remains what it is."""
+    """An error of the dataset itself remains what it is, and no worker outlives it."""
 
     def broken(index):
         raise RuntimeError("my own mistake")
 
-    with pytest.raises(RuntimeError, match="my own mistake"):
-        list(get_loader(Images(broken), "val", 2, num_workers=2))
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="my own mistake"):
+            list(get_loader(Images(broken), "val", 2, num_workers=2))
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 IN_A_CONTAINER = """
