@@ -28,14 +28,14 @@ from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
 from captioning.learning.card import training_card
-from captioning.learning.checkpoint import digest_of, find_earlier_run, lock_run_dir, restore
+from captioning.learning.config import TrainConfig, parse_args
+from captioning.learning.inputs import prepare_images
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
 from captioning.learning.optimizer import build_optimizer
-from captioning.learning.options import TrainConfig, parse_args
 from captioning.learning.reward import CiderD
 from captioning.learning.run import Run
-from captioning.learning.sources import prepare_images
+from captioning.learning.run_files import digest_of, find_earlier_run, lock_run_dir, restore
 from captioning.networks.backbones import input_settings
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from captioning.base.modules import eval_mode, select
 from captioning.data.coco import CocoCaptions
 from captioning.data.splits import prepare_splits
-from captioning.learning.options import config_for
+from captioning.learning.config import config_for
 from captioning.scenes.attention import attention_on_things
 from captioning.scenes.dataset import generate_scenes
 from captioning.scenes.mistakes import is_wrong

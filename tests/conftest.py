@@ -18,7 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from captioning.base.device import resolve_precision
-from captioning.learning.options import TrainConfig
+from captioning.learning.config import TrainConfig
 from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 
@@ -43,7 +43,7 @@ CAPTIONS = [
 ]
 
 
-SLOW = ("test_notebooks.py", "test_learning.py", "test_checkpoint.py")
+SLOW = ("test_notebooks.py", "test_learning.py", "test_run_files.py")
 
 
 def pytest_collection_modifyitems(items):

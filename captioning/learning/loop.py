@@ -20,7 +20,9 @@ from captioning.base.distributed import (
     show_progress,
     wrap_ddp,
 )
-from captioning.learning.checkpoint import (
+from captioning.learning.optimizer import schedule, update
+from captioning.learning.run import Run
+from captioning.learning.run_files import (
     best_epoch,
     find_earlier_run,
     lock_run_dir,
@@ -29,8 +31,6 @@ from captioning.learning.checkpoint import (
     save_run,
     stop_on_sigterm,
 )
-from captioning.learning.optimizer import schedule, update
-from captioning.learning.run import Run
 from captioning.scoring.evaluation import caption_split, check_cider, evaluate_loss, score
 from captioning.scoring.metrics import perplexity
 

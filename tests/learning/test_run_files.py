@@ -14,8 +14,8 @@ from conftest import calibrated_weights, command_line, supported, tiny_config
 from training_runs import assert_same_result, contents, ctrl_c, history_of, interrupt_at
 
 from captioning.base.checkpoints import load_safely
+from captioning.learning.config import SELF_CRITICAL
 from captioning.learning.loop import fit
-from captioning.learning.options import SELF_CRITICAL
 from model import CaptionModel
 from train import build_run, main
 
@@ -244,7 +244,7 @@ def test_one_run_at_a_time(shared_dataset, tmp_path, capsys):
     """From build_run to the end of fit, no other process can use the folder; this one can build the
     run again, as a repeated cell of a notebook does."""
     config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1, overwrite=True)
-    code = "from captioning.learning.checkpoint import lock_run_dir; lock_run_dir(out).close()"
+    code = "from captioning.learning.run_files import lock_run_dir; lock_run_dir(out).close()"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other_process:
 
         def error_of_another():
