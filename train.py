@@ -175,12 +175,9 @@ def build_loaders(config, train_set, val_set):
     options = {"rank": rank, "world_size": world_size}
     if config.fine_tune != "none":
         options["num_workers"] = config.num_workers
-    batch_size = config.batch_size
-    if config.group_images:  # all captions of an optimizer step
-        batch_size *= config.grad_accum_steps
     grouped = {"group_images": config.group_images, "seed": config.seed}
     return (
-        get_loader(train_set, "train", batch_size, **grouped, **options),
+        get_loader(train_set, "train", config.captions_per_batch, **grouped, **options),
         get_loader(val_set, "val", VAL_BATCH_SIZE, **options),
     )
 

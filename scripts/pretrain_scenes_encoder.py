@@ -2,6 +2,7 @@
 
     python scripts/pretrain_scenes_encoder.py          # writes captioning/scenes/encoder.pt
     python scripts/pretrain_scenes_encoder.py --map    # then captioning/scenes/map_encoder.pt
+    python scripts/pretrain_scenes_encoder.py --map --seed 1    # continues with other scenes
 
 torchvision's `mobilenet_v3_small` learns to classify the background and every (colour, object) pair
 of scenes that are not in the dataset. The classifier is linear, so that all it recognizes is a
@@ -97,9 +98,9 @@ def covering_pairs(scene) -> list[int]:
     return found
 
 
-def train(features: nn.Module, classifiers: nn.Module, side: int, scenes: int, rate: float) -> None:
+def train(features, classifiers, side: int, scenes: int, rate: float, seed: int) -> None:
     """Train on new scenes; prints the loss of every 100th batch."""
-    rng, steps = Random("pretrain 0"), scenes // BATCH
+    rng, steps = Random(f"pretrain {seed}"), scenes // BATCH
     parameters = [*features.parameters(), *classifiers.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.2)
@@ -129,16 +130,18 @@ def accuracy(features: nn.Module, classifiers: nn.Module, side: int, scenes: int
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--map", action="store_true", help="continue, for attention")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     network, classifiers = mobilenet_v3_small(), Classifiers(args.map)
     features = network.features.to(memory_format=torch.channels_last)
     folder = Path(drawing.__file__).parent
     out, side, scenes, rate = folder / "encoder.pt", SIDE, SCENES, RATE
     if args.map:
-        network.load_state_dict(torch.load(out, weights_only=True), strict=False)
-        out, side, scenes, rate = folder / "map_encoder.pt", MAP_SIDE, MAP_SCENES, MAP_RATE
-    train(features, classifiers, side, scenes, rate)
+        start, out = (folder / "map_encoder.pt" if args.seed else out), folder / "map_encoder.pt"
+        network.load_state_dict(torch.load(start, weights_only=True), strict=False)
+        side, scenes, rate = MAP_SIDE, MAP_SCENES, MAP_RATE
+    train(features, classifiers, side, scenes, rate, args.seed)
     states = {f"features.{name}": value for name, value in features.state_dict().items()}
     weights = {k: v.half() if v.is_floating_point() else v for k, v in states.items()}
     torch.save(weights, out)

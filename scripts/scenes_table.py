@@ -31,9 +31,8 @@ from evaluate import features_of
 from model import CaptionModel
 from train import build_run, fit
 
-# The CNN of the scenes was trained with images of 96 pixels, whose last map has only 3 x 3
-# positions. With larger images the map is finer, but the features are worse.
-ROWS = {"par": {}, "attend": {"inject": "attend", "image_size": 128}}
+MAP = {"image_size": 256, "weights": "captioning/scenes/map_encoder.pt"}  # a map of 8 x 8 positions
+ROWS = {"par": {}, "par, CNN of attend": MAP, "attend": {"inject": "attend"} | MAP}
 COLUMNS = {
     "exactly right": "{:.1%}",
     "BLEU-4": "{:.1%}",
@@ -59,7 +58,7 @@ def attention_shares(model, data, features) -> np.ndarray:
         with eval_mode(model), model.autocast():
             memory = model.decoder.memory(model.encode(features=batch.features))
             memory = select(memory, batch.image_index)
-            _, _, attention = model.decoder.hidden(batch.captions[:, :-1], None, memory)
+            _, _, attention = model.decoder.run_lstms(batch.captions[:, :-1], None, memory)
         side = round(attention.size(2) ** 0.5)
         maps = attention.float().unflatten(2, (side, side)).numpy()  # (B, T-1, side, side)
         for ids, of_words in zip(batch.captions.tolist(), maps, strict=True):

@@ -23,7 +23,7 @@ from captioning.figures.attention import add_overlay
 from captioning.figures.plots import SIDE
 
 INK, FADED, GREEN, RED, GLOW = "#1b1f24", "#6b7280", "#2e7d4f", "#b3452c", "#ff8c1a"
-WIDTH, GAP = 11.8, 0.2  # of a figure and between its pictures, in inches
+WIDTH, GAP = 12.6, 0.2  # of a figure and between its pictures, in inches
 VERDICTS = {True: ("✓ right", GREEN), False: ("✗ wrong", RED), None: ("not judged", FADED)}
 
 

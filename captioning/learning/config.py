@@ -104,8 +104,13 @@ class TrainConfig(ModelConfig):
         return self.inject == "attend" or self.fine_tune != "none" or self.loss == "self-critical"
 
     @property
+    def captions_per_batch(self) -> int:
+        """`batch_size`; grouped by image, a batch has all captions of an optimizer step."""
+        return self.batch_size * (self.grad_accum_steps if self.group_images else 1)
+
+    @property
     def batches_per_update(self) -> int:
-        """Batches per optimizer step; one grouped by image contains all captions of the step."""
+        """Batches per optimizer step, see `captions_per_batch`."""
         return 1 if self.group_images else self.grad_accum_steps
 
     def model_config(self) -> ModelConfig:
