@@ -26,9 +26,9 @@ from captioning.decoding.captioner import Captioner
 from captioning.networks.attention import AttentionDecoder
 from captioning.networks.backbones import input_settings
 from captioning.networks.cnn import CNN
-from captioning.networks.config import INJECT, ModelConfig
 from captioning.networks.decoder import Decoder, open_forget_gates, select_predictions
 from captioning.networks.layers import BatchNorm
+from captioning.networks.model_config import INJECT, ModelConfig
 from captioning.networks.word_detector import WordDetector
 from captioning.scoring.confidence import Confidence
 from vocabulary import Vocabulary
@@ -39,8 +39,8 @@ PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
 class EncoderCNN(nn.Module):
     """A pre-trained CNN without its classifier, followed by a trainable linear layer.
 
-    pooled: one embedding per image; otherwise the CNN's features of every position, for an
-        `AttentionDecoder`, which projects them.
+    pooled: one embedding per image; otherwise the CNN's features of every position, for the linear
+        layers `keys` and `values` of an `AttentionDecoder`.
     feature_dropout, image_norm, no_image: as in `ModelConfig`. Other options, errors: as in `CNN`.
     """
 
@@ -148,7 +148,7 @@ class DecoderRNN(Decoder):
 
 
 class CaptionModel(Captioner, nn.Module):
-    """Encoder, decoder and `Vocabulary`: everything that is needed to caption an image.
+    """Encoder, decoder and `Vocabulary`; `caption` and `score` are those of `Captioner`.
 
     weights: as in `EncoderCNN`. backbone: an nn.Module as CNN; config.backbone is then its class.
     card: the model card, a dict that says what the model was trained on. detector: a `WordDetector`

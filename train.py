@@ -28,7 +28,6 @@ from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
 from captioning.learning.card import training_card
-from captioning.learning.config import TrainConfig, parse_args
 from captioning.learning.inputs import prepare_images
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
@@ -36,6 +35,7 @@ from captioning.learning.optimizer import build_optimizer
 from captioning.learning.reward import CiderD
 from captioning.learning.run import Run
 from captioning.learning.run_files import digest_of, find_earlier_run, lock_run_dir, restore
+from captioning.learning.train_config import TrainConfig, parse_args
 from captioning.networks.backbones import input_settings
 from captioning.scoring.evaluation import evaluate_split
 from data_loader import CaptionDataset, ImageDataset, get_loader
@@ -110,8 +110,8 @@ def assemble_run(config, device) -> Run:
 def build_model(config, train_data) -> CaptionModel:
     """A new model with the vocabulary of the training captions, or that of `config.init_from`.
 
-    The latter keeps its words and their indices. Training with cross-entropy adds the words that
-    it lacks; self-critical training does not, because the samples would not contain them.
+    The latter keeps its words and their indices. Training adds the words that it lacks; only
+    self-critical training does not, because the samples would not contain them.
     """
     if config.init_from is None:
         vocab = Vocabulary.build(train_data.all_captions, config.min_word_freq)
@@ -129,7 +129,7 @@ def build_model(config, train_data) -> CaptionModel:
     if config.weights not in (None, "DEFAULT"):
         print0(f"The weights of the CNN are those in {config.init_from}, not {config.weights}.")
     vocab = source.vocab
-    if config.loss == "cross-entropy":
+    if config.loss != "self-critical":
         vocab = vocab.extended(count_words(train_data.all_captions), config.min_word_freq)
     new = vocab.words[len(source.vocab) :]
     if new:
@@ -183,10 +183,11 @@ def build_loaders(config, train_set, val_set):
 
 
 def build_loss(config, model, train_set):
-    if config.loss == "cross-entropy":
-        return TeacherForcing(model, config.label_smoothing)
-    reward = CiderD(train_set.captions_by_image())
-    return SelfCritical(model, reward, config.samples, config.xe_weight)
+    """The loss that `config.loss` names; a new one also needs its name among the choices there."""
+    if config.loss == "self-critical":
+        reward = CiderD(train_set.captions_by_image())
+        return SelfCritical(model, reward, config.samples, config.xe_weight)
+    return TeacherForcing(model, config.label_smoothing)
 
 
 def warn_about_few_updates(run: Run):

@@ -31,8 +31,8 @@ from captioning.data.extraction import (
     write_shard,
 )
 from captioning.data.images import eval_transform
-from captioning.learning.config import TrainConfig
 from captioning.learning.loop import train_one_epoch
+from captioning.learning.train_config import TrainConfig
 from captioning.scoring.evaluation import caption_split, evaluate_loss
 from model import EncoderCNN
 from train import build_model, build_run

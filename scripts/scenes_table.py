@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from captioning.base.modules import eval_mode, select
 from captioning.data.coco import CocoCaptions
 from captioning.data.splits import prepare_splits
-from captioning.learning.config import config_for
-from captioning.scenes.attention import attention_on_things
-from captioning.scenes.dataset import generate_scenes
+from captioning.learning.train_config import config_for
+from captioning.scenes.attention_on_things import attention_on_things
+from captioning.scenes.generation import generate_scenes
 from captioning.scenes.mistakes import is_wrong
 from captioning.scoring.evaluation import caption_split, score
 from data_loader import CaptionDataset, ImageDataset, get_loader

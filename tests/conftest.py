@@ -18,7 +18,7 @@ from hypothesis import settings
 from PIL import Image
 
 from captioning.base.device import resolve_precision
-from captioning.learning.config import TrainConfig
+from captioning.learning.train_config import TrainConfig
 from model import CaptionModel, ModelConfig
 from vocabulary import Vocabulary
 

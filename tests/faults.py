@@ -41,7 +41,7 @@ from training_runs import assert_same_result
 from captioning.base.checkpoints import load_safely
 from captioning.data.splits import prepare_splits
 from captioning.figures.plots import curves
-from captioning.learning.config import config_for
+from captioning.learning.train_config import config_for
 from train import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,10 +14,10 @@ from captioning.data.extraction import extract_features
 from captioning.decoding.ensemble import Ensemble
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
-from captioning.learning.optimizer import update
+from captioning.learning.optimizer import optimizer_step
 from captioning.learning.reward import CiderD
 from captioning.networks.word_detector import WordDetector
-from captioning.scenes.dataset import write_synthetic
+from captioning.scenes.generation import write_synthetic
 from captioning.scoring.confidence import Confidence
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import Batch
@@ -57,7 +57,7 @@ def test_training_step(model, reinforced):
     before = model.decoder.linear.weight.clone()
     sums = loss(BATCH)
     sums["loss"].backward()
-    update(optimizer, sums["targets"], factor=1.0, grad_clip=1.0)
+    optimizer_step(optimizer, sums["targets"], factor=1.0, grad_clip=1.0)
     assert not torch.equal(model.decoder.linear.weight, before)
     assert {x.device.type for x in (*sums.values(), before)} == {"cuda"}
 

@@ -1,4 +1,4 @@
-"""Features of a frozen CNN that were computed once, read back from the disk.
+"""Reading the features of a frozen CNN that extraction.py has computed and cached.
 
 array = FeatureArray(files)             # of every view: array[[7, 3]] is (2, V, P, C) float16
 features = Views([array])               # the mean of the views: features[[7, 3]] is (2, P, C)

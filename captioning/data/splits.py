@@ -17,7 +17,7 @@ import numpy as np
 
 from captioning.data.coco import DataError, read_captions, write_captions
 from captioning.data.download import download_coco
-from captioning.scenes.dataset import SIZES, write_synthetic
+from captioning.scenes.generation import SIZES, write_synthetic
 
 FRACTIONS = {"train": 0.8, "val": 0.1, "test": 0.1}
 DATASETS = ("synthetic", "coco2014", "coco2017", "folder")

@@ -38,7 +38,7 @@ def beam_search(
 
         penalized = beam.scores / (t + 1) ** length_penalty
         candidates = beam._replace(scores=penalized.masked_fill(~beam.ended, -torch.inf))
-        best = update(best, images, candidates)
+        best = merge(best, images, candidates)
         beam = beam._replace(scores=beam.scores.masked_fill(beam.ended, -torch.inf))
 
         # Scores only decrease, so that a prefix can reach at most this. If it cannot enter the
@@ -53,7 +53,7 @@ def beam_search(
         if not active.all() or k != beam.scores.size(1):  # else each prefix keeps its image
             memory = select(memory, rows)
     unfinished = beam._replace(scores=beam.scores / max_len**length_penalty)
-    return update(best, images, unfinished).trimmed()
+    return merge(best, images, unfinished).trimmed()
 
 
 def extend(beam, log_probs, attention, t, beam_size):
@@ -79,7 +79,7 @@ def extend(beam, log_probs, attention, t, beam_size):
     return beam, parent
 
 
-def update(best, images, candidates):
+def merge(best, images, candidates):
     """The best captions, after those of `candidates` for the images (A,) have been merged in.
 
     Captions that have not ended rank below all that have.

@@ -85,12 +85,12 @@ class Captioner:
             if not readable:
                 continue
             decoded = self.generate(concatenate(inputs), **options)
-            none = [None] * len(readable)
-            maps = decoded.attention_maps() if return_attention else none
-            known = none if decoded.confidence is None else decoded.confidence[:, 0].tolist()
-            rows = zip(self.decode(decoded), decoded.scores.tolist(), maps, known, strict=True)
-            for image, (captions, scores, *others) in zip(readable, rows, strict=True):
-                yield Captioned(image, captions, scores[: len(captions)], *others)
+            maps = decoded.attention_maps() if return_attention else [None] * len(readable)
+            known = decoded.confidence
+            for row, captions in enumerate(self.decode(decoded)):
+                scores = decoded.scores[row, : len(captions)].tolist()
+                confidence = None if known is None else known[row, 0].item()
+                yield Captioned(readable[row], captions, scores, maps[row], confidence)
 
     @usual_defaults()
     def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
@@ -116,8 +116,9 @@ class Captioner:
         """The log-probabilities of given captions, (N, M): of M captions for each of N images.
 
         images: an image (path or PIL image) or an iterable of images. captions: a string or a list
-        of strings. The log-probabilities are in nats, summed over the words and `<end>`; a word
-        outside the vocabulary counts as `<unk>`. Raises BadImageError.
+        of strings. The log-probabilities are in nats, summed over the words and `<end>`, without
+        the detector of words; a word outside the vocabulary counts as `<unk>`. Raises
+        BadImageError.
         """
         one = isinstance(images, (str, Path, Image.Image))
         captions = [captions] if isinstance(captions, str) else captions

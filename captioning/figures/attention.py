@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from captioning.base.tokens import split_words
 from captioning.data.images import centre_crop
 from captioning.figures.plots import BLUE, GREY, ORANGE, SIDE
-from captioning.scenes.attention import attention_on_things, box_share, named_things
+from captioning.scenes.attention_on_things import attention_on_things, box_share, named_things
 from captioning.scenes.drawing import render
 from captioning.scenes.scene import Scene, random_scene
 

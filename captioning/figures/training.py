@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from captioning.figures.plots import COLOURS, bars
-from captioning.scenes.dataset import DESCRIPTION
+from captioning.scenes.generation import DESCRIPTION
 from captioning.scenes.mistakes import is_wrong
 from captioning.scoring.evaluation import score_sources
 

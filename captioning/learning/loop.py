@@ -20,7 +20,7 @@ from captioning.base.distributed import (
     show_progress,
     wrap_ddp,
 )
-from captioning.learning.optimizer import schedule, update
+from captioning.learning.optimizer import optimizer_step, schedule
 from captioning.learning.run import Run
 from captioning.learning.run_files import (
     best_epoch,
@@ -114,7 +114,7 @@ def train_one_epoch(run: Run, loss, after_update):
             continue
         done = (epoch + progress.step / steps) / config.epochs
         factor = schedule(done, config.schedule)
-        norm = update(run.optimizer, targets, factor, config.grad_clip)
+        norm = optimizer_step(run.optimizer, targets, factor, config.grad_clip)
         progress.seconds = time.perf_counter() - start
         targets = 0
         if progress.step % 20 == 0:  # not in every step, because item() synchronizes a GPU

@@ -7,7 +7,7 @@ import torch
 from captioning.base.distributed import all_reduce_sum, rank_and_world_size
 
 
-def update(optimizer, targets, factor, grad_clip):
+def optimizer_step(optimizer, targets, factor, grad_clip):
     """An optimizer step with the mean gradient over the targets of all ranks; returns its norm.
 
     targets: their number on this rank. factor: what the max_lr of each group is multiplied by.
@@ -46,13 +46,12 @@ def build_optimizer(model, config):
 
     If the CNN or a part of it is trained, it has two groups of its own.
     """
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    rates = {"": config.learning_rate, "encoder.cnn.": config.backbone_learning_rate}
-    groups = {}
-    for name, parameter in trained.items():
-        decays = parameter.dim() > 1 and "embedding" not in name
-        prefix = "encoder.cnn." if name.startswith("encoder.cnn.") else ""
-        group = {"weight_decay": config.weight_decay * decays, "max_lr": rates[prefix]}
-        groups.setdefault((prefix, not decays), {**group, "params": []})["params"].append(parameter)
-    groups = [groups[key] for key in sorted(groups)]
+    trained, groups = [(n, p) for n, p in model.named_parameters() if p.requires_grad], []
+    for of_cnn, rate in ((False, config.learning_rate), (True, config.backbone_learning_rate)):
+        part = [(n, p) for n, p in trained if n.startswith("encoder.cnn.") == of_cnn]
+        decaying = [p for n, p in part if p.dim() > 1 and "embedding" not in n]
+        others = [p for n, p in part if p.dim() <= 1 or "embedding" in n]
+        for parameters, decay in ((decaying, config.weight_decay), (others, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay, "max_lr": rate})
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)

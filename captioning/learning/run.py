@@ -1,10 +1,14 @@
 """A training run and its progress.
 
-train.build_run builds a run from files of captions. With loaders of one's own:
+train.build_run builds a run from files of captions. With loaders of your own:
 
+config = TrainConfig(out="runs/mine", epochs=5)
 run = Run(config, model, TeacherForcing(model), build_optimizer(model, config), train_loader,
           val_loader)
 history = fit(run)
+
+Of such a config, `fit` uses what describes the training: epochs, schedule, seed, grad_accum_steps,
+grad_clip, patience, best_by, save_every, resume and overwrite.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 
 from captioning.base.device import resolve_precision
+from captioning.learning.train_config import TrainConfig
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Progress:
 class Run:
     """What `fit` trains, and with what."""
 
-    config: Any  # a `train.TrainConfig`
+    config: TrainConfig
     model: torch.nn.Module  # a `CaptionModel`
     loss: torch.nn.Module  # batch -> dict of sums, see losses.py
     optimizer: torch.optim.Optimizer  # each of its groups has a "max_lr"

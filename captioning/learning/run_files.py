@@ -146,7 +146,10 @@ def write_history(out, history):
 
 
 def restore(run, checkpoint):
-    """Continue from what `save_run` wrote. Raises ValueError if that belongs to another run."""
+    """Continue from what `save_run` wrote: weights, optimizer, history, the position in the epoch
+    and its sums, random numbers. Not the card, the detector and the confidence, which the model
+    has from `--init-from`. Raises ValueError if the checkpoint belongs to another run.
+    """
     config, progress, model = run.config, run.progress, run.model
     rank, world_size = rank_and_world_size()
     saved = check_same_run(run, checkpoint)

@@ -145,7 +145,10 @@ def _timm(backbone):
 def _check_name(name, known):
     if name not in known:
         similar = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0))
-        raise ValueError(f"unknown backbone {name!r}; similar names: {similar}")
+        raise ValueError(
+            f"unknown backbone {name!r}; similar names: {similar}; a module of your own is an "
+            "argument of CaptionModel and from_checkpoint (backbone=)"
+        )
 
 
 def _check_weights(name, weights, choices):

@@ -21,7 +21,8 @@ class CNN(nn.Module):
     """A pre-trained network whose classifier is removed.
 
     backbone: a network of torchvision, "timm/NAME", or an nn.Module of one's own, which keeps its
-        weights and returns (B, C), or with `pooled=False` a map (B, C, H, W).
+        weights and returns (B, C), or with `pooled=False` a map (B, C, H, W). Its images have
+        `image_size` pixels (224 by default) and ImageNet's normalization.
     weights: torchvision's name ("DEFAULT", "IMAGENET1K_V1"), the path of a state dict, or None.
     pooled: one vector per image; otherwise one for each of the P positions of the last map.
     image_size: side of the square input in pixels; None: the network's own.

@@ -41,9 +41,9 @@ class Decoder(nn.Module):
         return self.predict(self.memory(features), captions)
 
     def sample(self, features, beam_size=None, **options) -> Decoded:
-        """Generate captions in eval mode: by default the most probable word at each step.
+        """Captions in eval mode: by beam search, or with a temperature by sampling words.
 
-        options: those of `DecodingOptions`.
+        beam_size: 1 by default, the most probable word at each step. options: `DecodingOptions`.
         """
         if beam_size is None and not options.get("temperature"):
             beam_size = 1

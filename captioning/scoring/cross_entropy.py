@@ -41,10 +41,8 @@ def predictions(model, memory, captions, image_index=None):
         targets = chunk[:, 1:].flatten()
         real = targets.ne(PAD).nonzero().squeeze(1)  # `<start>` is never a target
         index = rows if image_index is None else image_index[rows]
-        on_device = (
-            x.to(model.device, non_blocking=True) for x in (chunk, index, real, targets[real])
-        )
-        chunk, index, kept, targets = on_device
+        parts = chunk, index, real, targets[real]
+        chunk, index, kept, targets = (x.to(model.device, non_blocking=True) for x in parts)
         yield (
             model.decoder.predict(memory, chunk, index, kept),
             targets,

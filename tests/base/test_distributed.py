@@ -17,7 +17,7 @@ from captioning.base.checkpoints import load_safely
 from captioning.base.distributed import _fresh_store, interleave
 from captioning.base.modules import select
 from captioning.decoding.beam_search import beam_search
-from captioning.learning.config import SELF_CRITICAL
+from captioning.learning.train_config import SELF_CRITICAL
 
 
 def best_captions(decoder, memory, max_len):

@@ -10,7 +10,7 @@ from naive import END, Hypothesis, at_least
 from naive import beam_search as naive_beam_search
 
 from captioning.decoding.beam_search import beam_search
-from captioning.networks.config import INJECT
+from captioning.networks.model_config import INJECT
 
 
 @pytest.mark.parametrize("inject", INJECT)

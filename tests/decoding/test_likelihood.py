@@ -7,7 +7,7 @@ from decoders import random_decoder
 from naive import NaiveDecoder, log_softmax
 
 from captioning.decoding.likelihood import log_probabilities
-from captioning.networks.config import INJECT
+from captioning.networks.model_config import INJECT
 
 CAPTIONS = [[1, 4, 5, 2], [1, 2], [1, 8, 8, 6, 3, 7, 2], [1, 5, 2]]
 

@@ -19,7 +19,7 @@ from captioning.figures.training import (
     perplexity_curves,
     reward_curves,
 )
-from captioning.scenes.dataset import write_synthetic
+from captioning.scenes.generation import write_synthetic
 
 HISTORY = [
     {"epoch": 0, "val_perplexity": 90.0, "val_cider": 0.1},

@@ -1,9 +1,9 @@
 """A model learns the task: captions of held-out synthetic scenes are right."""
 
-from captioning.learning.config import config_for
 from captioning.learning.loop import fit
+from captioning.learning.train_config import config_for
 from captioning.scenes.captions import parse_scene
-from captioning.scenes.dataset import write_synthetic
+from captioning.scenes.generation import write_synthetic
 from captioning.scoring.evaluation import caption_split
 from train import build_run
 

@@ -11,11 +11,11 @@ from training_runs import tiny_model
 
 from captioning.base.checkpoints import load_safely
 from captioning.learning import loop
-from captioning.learning.config import TrainConfig
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
 from captioning.learning.optimizer import build_optimizer
 from captioning.learning.run import Run
+from captioning.learning.train_config import TrainConfig
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import get_loader
 from model import CaptionModel

@@ -18,7 +18,7 @@ from captioning.decoding import sampling
 from captioning.learning import losses
 from captioning.learning.losses import SelfCritical, TeacherForcing, leave_one_out
 from captioning.learning.reward import CiderD
-from captioning.networks.config import INJECT
+from captioning.networks.model_config import INJECT
 from data_loader import Batch
 from vocabulary import END, PAD, START, UNK
 

@@ -14,8 +14,8 @@ from conftest import calibrated_weights, command_line, supported, tiny_config
 from training_runs import assert_same_result, contents, ctrl_c, history_of, interrupt_at
 
 from captioning.base.checkpoints import load_safely
-from captioning.learning.config import SELF_CRITICAL
 from captioning.learning.loop import fit
+from captioning.learning.train_config import SELF_CRITICAL
 from model import CaptionModel
 from train import build_run, main
 
@@ -265,7 +265,7 @@ def test_a_failed_run_releases_its_folder(shared_dataset, tmp_path, monkeypatch,
     """After an error the folder can be used again: nothing but the lock file was written."""
     config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1)
     with monkeypatch.context() as patch:
-        name = "train.build_loss" if stage == "build_run" else "captioning.learning.loop.update"
+        name = "train.build_loss" if stage == "build_run" else "captioning.learning.loop.optimizer_step"
         patch.setattr(name, lambda *_: ctrl_c())
         with pytest.raises(KeyboardInterrupt):
             fit(build_run(config))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from captioning.scenes.attention import attention_on_things, box_share
+from captioning.scenes.attention_on_things import attention_on_things, box_share
 from captioning.scenes.scene import Scene, Thing
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 from run_notebooks import NOTEBOOKS, compress, execute, main, override, parameter
 
-from captioning.scenes.dataset import write_synthetic
+from captioning.scenes.generation import write_synthetic
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from captioning.base.checkpoints import load_checkpoint
 from captioning.base.options import add_arguments, names_with, option
 from captioning.data.coco import read_captions, write_captions
-from captioning.networks.config import ModelConfig
+from captioning.networks.model_config import ModelConfig
 
 
 @dataclass(kw_only=True)

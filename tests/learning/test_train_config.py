@@ -10,7 +10,7 @@ from conftest import command_line, flag, tiny_config
 from captioning.base.options import names_with
 from captioning.data.coco import CocoCaptions
 from captioning.data.splits import DATASETS
-from captioning.learning.config import (
+from captioning.learning.train_config import (
     SCENES,
     SELF_CRITICAL,
     TrainConfig,
@@ -44,7 +44,7 @@ def test_required_options(capsys):
 def checkpoint(monkeypatch):
     """What is loaded in place of a checkpoint: the default options, but another hidden_size."""
     content = {"config": asdict(ModelConfig(hidden_size=7))}
-    monkeypatch.setattr("captioning.learning.config.load_checkpoint", lambda path: content)
+    monkeypatch.setattr("captioning.learning.train_config.load_checkpoint", lambda path: content)
 
 
 @pytest.mark.parametrize("field", fields(TrainConfig), ids=lambda field: field.name)

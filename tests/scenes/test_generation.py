@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.models import mobilenet_v3_small
 
-from captioning.scenes import dataset as module
-from captioning.scenes.dataset import generate_scenes, write_synthetic
+from captioning.scenes import generation as module
 from captioning.scenes.drawing import render
+from captioning.scenes.generation import generate_scenes, write_synthetic
 
 SIZES = {"train": 8, "val": 4, "test": 4}
 # SHA-256 over the names and contents of all files of SIZES.
