@@ -265,7 +265,11 @@ def test_a_failed_run_releases_its_folder(shared_dataset, tmp_path, monkeypatch,
     """After an error the folder can be used again: nothing but the lock file was written."""
     config = tiny_config(shared_dataset, out=str(tmp_path), epochs=1)
     with monkeypatch.context() as patch:
-        name = "train.build_loss" if stage == "build_run" else "captioning.learning.loop.optimizer_step"
+        name = (
+            "train.build_loss"
+            if stage == "build_run"
+            else "captioning.learning.loop.optimizer_step"
+        )
         patch.setattr(name, lambda *_: ctrl_c())
         with pytest.raises(KeyboardInterrupt):
             fit(build_run(config))
