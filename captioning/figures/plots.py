@@ -113,11 +113,11 @@ def bars(counts: dict, ax=None, xlabel="", ylabel=""):
     return ax
 
 
-def curves(series: dict, ax=None, xlabel="", ylabel="", x=None):
-    """One line per entry of `series` (at most four): name -> values, over 1, 2, 3 ... or `x`."""
+def curves(series: dict, ax=None, xlabel="", ylabel=""):
+    """One line per entry of `series` (at most four): name -> values, over 1, 2, 3 ..."""
     ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
     for (name, values), colour in zip(series.items(), COLOURS, strict=False):
-        ax.plot(x or range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=name)
+        ax.plot(range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=name)
     if len(series) > 1:
         ax.legend(frameon=False)
     ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -140,7 +140,7 @@ def token_table(rows: dict, ax=None):
     return ax
 
 
-def padded_table(captions, losses, ax=None):
+def padded_table(captions, losses):
     """Captions as rows of tokens, filled up with grey `<pad>` to the longest one.
 
     captions: lists of tokens. losses: lists with the -log p of each token, written below it.
@@ -150,7 +150,7 @@ def padded_table(captions, losses, ax=None):
     for number, (tokens, values) in enumerate(zip(captions, losses, strict=True), start=1):
         rows[f"caption {number}"] = [*tokens, *["<pad>"] * (width - len(tokens))]
         rows[f"−log p {number}"] = [f"{value:.2f}" for value in values]
-    ax = token_table(rows, ax)
+    ax = token_table(rows)
     for text in ax.texts:
         if text.get_text() == "<pad>":
             text.get_bbox_patch().set(facecolor="#e9ecef", edgecolor=GREY)
@@ -158,20 +158,16 @@ def padded_table(captions, losses, ax=None):
     return ax
 
 
-def attention_maps(image, caption, maps, columns=6, width=1.8, boxes=None):
+def attention_maps(image, caption, maps):
     """The attention of each word of a caption, laid over the image (PIL): (words, H, W).
 
     The brightness of a pixel is the attention weight of its position, relative to the largest.
-
-    boxes: {position of a word: (x, y, width, height)}, rectangles in pixels of the image.
     """
     dark = image.point(lambda value: value // 5)
     masks = [attention_heatmap(weights, image.size) for weights in maps]
     shaded = [Image.composite(image, dark, mask) for mask in masks]
-    axes = image_grid([*shaded, image], [*split_words(caption), "the image"], columns, width)
-    for t, (x, y, *size) in (boxes or {}).items():
-        axes.flat[t].add_patch(plt.Rectangle((x, y), *size, fill=False, ec=ORANGE, lw=2))
-    return axes
+    titles = [*split_words(caption), "the image"]
+    return image_grid([*shaded, image], titles, columns=6, width=1.8)
 
 
 def next_word_bars(steps, marked, titles, dots=None, columns=5, width=2.3):
