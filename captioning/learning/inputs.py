@@ -15,23 +15,22 @@ def prepare_images(config, model, train_data, val_data):
 
     Raises BadImageError for unreadable images, unless `config.skip_bad_images`.
     """
-    splits, features, bad = [train_data, val_data], [None, None], []
-    for number, data in enumerate(splits):
-        if config.fine_tune == "none":
-            array, unreadable = extract(config, model, data, model.transform)
-            features[number] = Views([array])
-        else:  # features that change cannot be kept
-            unreadable = find_bad_images(data.paths, model.transform, config.num_workers)
-        bad.append(unreadable)
+    splits, frozen = [train_data, val_data], config.fine_tune == "none"
+    if frozen:
+        found = [extract(config, model, data, model.transform) for data in splits]
+    else:  # features that change cannot be kept
+        workers = config.num_workers
+        found = [(None, find_bad_images(x.paths, model.transform, workers)) for x in splits]
+    arrays, bad = zip(*found, strict=True)
     report_bad(splits, bad, config.skip_bad_images)
-    if config.fine_tune == "none":
-        settings = input_settings(config.backbone, config.image_size)
-        crops = [CropTransform(seed, **settings) for seed in range(config.crops)]
-        arrays = [extract(config, model, train_data, crop)[0] for crop in crops]
-        features[0] = Views([*features[0].arrays, *arrays], random=True)
-        features = [views.without(rows) for views, rows in zip(features, bad, strict=True)]
     kept = [data.without(rows) for data, rows in zip(splits, bad, strict=True)]
-    return list(zip(kept, features, strict=True))
+    if not frozen:
+        return [(data, None) for data in kept]
+    settings = input_settings(config.backbone, config.image_size)
+    crops = [CropTransform(seed, **settings) for seed in range(config.crops)]
+    crops = [extract(config, model, train_data, crop)[0] for crop in crops]
+    views = Views([arrays[0], *crops], random=True), Views([arrays[1]])
+    return [(data, x.without(rows)) for data, x, rows in zip(kept, views, bad, strict=True)]
 
 
 def extract(config, model, data, transform):
