@@ -1,6 +1,6 @@
 """Train and evaluate the rows of the table in docs/scenes.md, and print the table.
 
-    python scripts/scenes_table.py    # par and attend, three seeds: six minutes on one core
+    python scripts/scenes_table.py    # all rows, three seeds: nine minutes on one core
     python scripts/scenes_table.py --seeds 0 --rows attend
 
 Captions are generated for the test scenes with a beam of 3. For `attend`, the command also prints
