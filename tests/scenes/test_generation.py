@@ -126,9 +126,10 @@ def test_a_damaged_dataset_is_an_error(dataset, tmp_path, name, damage):
     assert digest(root) == DIGEST
 
 
-def test_the_stored_encoder_is_a_standard_one():
-    """`encoder.pt` is small, finite, and has the keys of torchvision's network."""
-    path = Path(module.__file__).with_name("encoder.pt")
+@pytest.mark.parametrize("name", ["encoder.pt", "map_encoder.pt"])
+def test_the_stored_encoders_are_standard_ones(name):
+    """The files are small, finite, and have the keys of torchvision's network."""
+    path = Path(module.__file__).with_name(name)
     weights = torch.load(path, weights_only=True)
     missing, unexpected = mobilenet_v3_small().load_state_dict(weights, strict=False)
     assert unexpected == [] and all(key.startswith("classifier.") for key in missing)
