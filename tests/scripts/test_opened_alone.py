@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git repository to clone")
 def test_opened_alone(tmp_path):
-    """In an empty folder, the first cell of a notebook clones and installs the repository, and the
-    imports of all notebooks work.
+    """In an empty folder, the first cell of a notebook clones the repository, has pip install its
+    requirements, and the imports of all notebooks work.
     """
+    (tmp_path / "stub").mkdir()  # in place of pip, which may change the packages of the other tests
+    (tmp_path / "stub" / "pip.py").write_text("import sys; print(*sys.argv[1:], flush=True)")
     imports = []
     for name in NOTEBOOKS:
         cells = nbformat.read(ROOT / f"{name}.ipynb", 4).cells
@@ -27,9 +29,11 @@ def test_opened_alone(tmp_path):
     lines = [SETUP, "sys.path.insert(0, '')", *dict.fromkeys(imports), "print(os.getcwd())"]
     script = "\n".join(lines)
     environment = os.environ | {"REPOSITORY": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(tmp_path / "stub")
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.stdout.split() == [str(tmp_path / "coco-image-caption")], run.stderr
+    folder = str(tmp_path / "coco-image-caption")
+    assert run.stdout.splitlines() == ["install -qr requirements.txt", folder], run.stderr
 
 
 def import_lines(source):
