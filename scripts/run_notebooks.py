@@ -55,6 +55,7 @@ def execute(notebook, name):
     options = {"coalesce_streams": True, "extra_arguments": ["--log-level=40"]}  # errors only
     # Time stamps and widgets would differ after every execution.
     options |= {"record_timing": False, "store_widget_state": False}
+    options["shutdown_kernel"] = "immediate"  # an orderly exit takes seconds
     total = len(notebook.cells)
     with tqdm(None, name, total, bar_format="{desc}.ipynb, cell {n}/{total} [{elapsed}]") as bar:
         options["on_cell_start"] = lambda cell, cell_index: bar.update(cell_index + 1 - bar.n)

@@ -29,6 +29,7 @@ def executed(tmp_path_factory):
         "DATA_DIR": str(folder / "data"),
         "RUN_DIR": str(folder / "run"),
         "OPTIONS": {"epochs": 1, "embed_size": 32, "hidden_size": 32},
+        "ATTEND": {},  # the image size of the other runs
     }
     command = [sys.executable, "scripts/run_notebooks.py", "--out", folder / "notebooks"]
     for name, value in parameters.items():
