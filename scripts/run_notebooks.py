@@ -38,6 +38,7 @@ if not os.path.exists("captioning"):  # opened alone, as on Colab or Kaggle
     os.chdir("coco-image-caption")
     install = [sys.executable, "-m", "pip", "install", "-qr", "requirements.txt"]
     subprocess.run(install, check=True)"""
+JPEG_QUALITY = {"result_show": 50}  # a gallery; 25 in the other notebooks
 NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
 
 
@@ -69,22 +70,22 @@ def execute(notebook, name):
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
         alt = cell.metadata.get("alt")
         for output in (o for o in cell.outputs if "image/png" in o.get("data", {})):
-            kind, figure = compress(output.data.pop("image/png"))
+            kind, figure = compress(output.data.pop("image/png"), JPEG_QUALITY.get(name, 25))
             output.data[kind] = figure
             output.metadata = {kind: {"alt": alt}} if alt else {}
 
 
-def compress(figure):
+def compress(figure, quality=25):
     """The type and content: a JPEG, or a smaller PNG that changes the picture no more than that."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
 
     def change(other):
         return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).mean)
 
-    image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=50)
+    image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=quality)
     limit = change(Image.open(best))
-    for colours in (64, 128, 256):
-        reduced = image.quantize(colours, dither=Image.Dither.NONE)
+    for colours in (32, 64, 128, 256):
+        reduced = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         if change(reduced) > limit:
             continue
         reduced.save(png := io.BytesIO(), "PNG", optimize=True)

@@ -86,11 +86,11 @@ class Captioner:
                 continue
             decoded = self.generate(concatenate(inputs), **options)
             maps = decoded.attention_maps() if return_attention else [None] * len(readable)
-            known = decoded.confidence
+            scores, known = decoded.scores.tolist(), decoded.confidence
+            known = [None] * len(readable) if known is None else known[:, 0].tolist()
             for row, captions in enumerate(self.decode(decoded)):
-                scores = decoded.scores[row, : len(captions)].tolist()
-                confidence = None if known is None else known[row, 0].item()
-                yield Captioned(readable[row], captions, scores, maps[row], confidence)
+                found = captions, scores[row][: len(captions)], maps[row], known[row]
+                yield Captioned(readable[row], *found)
 
     @usual_defaults()
     def generate(self, images=None, features=None, generator=None, **options) -> Decoded:
