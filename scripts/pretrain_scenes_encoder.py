@@ -64,10 +64,10 @@ class Classifiers(nn.Module):
             return loss
         logits = self.positions(maps.flatten(2).mT)  # (B, GRID ** 2, ..)
         things, rows, columns = logits.split([1 + len(PAIRS), GRID, GRID], 2)
-        row, column = torch.arange(GRID**2).div(GRID, rounding_mode="floor"), torch.arange(GRID**2)
+        row, column = torch.arange(GRID**2) // GRID, torch.arange(GRID**2) % GRID
         # Weighted, because most positions are covered by nothing.
         loss = loss + 10 * F.cross_entropy(things.flatten(0, 1), covering.flatten())
-        for found, actual in ((rows, row), (columns, column % GRID)):
+        for found, actual in ((rows, row), (columns, column)):
             actual = actual.expand(len(maps), -1).flatten()
             loss = loss + F.cross_entropy(found.flatten(0, 1), actual)
         return loss
