@@ -12,13 +12,16 @@ Written to `--out`: best.pt (the best epoch on validation), last.pt (everything 
 history.jsonl (one line per epoch), vocabulary.json and metrics.json.
 """
 
+import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from captioning.base.checkpoints import load_checkpoint
 from captioning.base.commands import exit_status
 from captioning.base.device import pick_device, resolve_precision, use_deterministic_algorithms
 from captioning.base.distributed import barrier, print0, process_group, rank_and_world_size
@@ -27,7 +30,7 @@ from captioning.base.options import names_with
 from captioning.base.tokens import UNK
 from captioning.data.coco import CocoCaptions
 from captioning.data.images import train_transform
-from captioning.learning.card import training_card
+from captioning.learning.card import OWN, training_card
 from captioning.learning.inputs import prepare_images
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
@@ -50,8 +53,10 @@ FEW_UPDATES = 200  # a run with fewer optimizer steps prints a warning
 # ---------------------------------------------------------------------------- building a run
 
 
-def build_run(config: TrainConfig) -> Run:
+def build_run(config: TrainConfig, backbone=None) -> Run:
     """Read the captions, build vocabulary and model, and extract features, or resume.
+
+    backbone: an nn.Module of your own as CNN, with its weights, see `CaptionModel`.
 
     With torchrun, every process builds a run, trains on its part of each batch, and rank 0 writes.
     From here to the end of `fit`, no other run can use --out.
@@ -59,13 +64,15 @@ def build_run(config: TrainConfig) -> Run:
     anything of an earlier run in --out is changed.
     """
     check_paths(config)
+    if backbone is not None:
+        config = replace(config, backbone=type(backbone).__name__, weights=OWN)
     device = pick_device(config.device)
     resolve_precision(device, config.precision)  # raises if it is not supported
     if config.deterministic:
         use_deterministic_algorithms()
     with lock_run_dir(config.out) as lock:  # which an error releases
         earlier = find_earlier_run(config)
-        run = assemble_run(config, device)
+        run = assemble_run(config, device, backbone)
         if earlier:
             restore(run, earlier)
         elif config.resume:
@@ -84,12 +91,12 @@ def check_paths(config):
         raise ValueError(f"{config.cache_dir} is a file, not a folder; choose another --cache-dir")
 
 
-def assemble_run(config, device) -> Run:
+def assemble_run(config, device, backbone) -> Run:
     """A run at its beginning."""
     train_data = CocoCaptions(config.train_images, config.train_captions)
     val_data = CocoCaptions(config.val_images, config.val_captions)
     torch.manual_seed(config.seed)
-    model = build_model(config, train_data).to(device)
+    model = build_model(config, train_data, backbone).to(device)
     train_set, val_set = build_datasets(config, model, train_data, val_data)
     source = model.card if config.init_from else None
     model.card = training_card(config, train_set.data, val_set.data, source)
@@ -107,7 +114,7 @@ def assemble_run(config, device) -> Run:
     return run
 
 
-def build_model(config, train_data) -> CaptionModel:
+def build_model(config, train_data, backbone=None) -> CaptionModel:
     """A new model with the vocabulary of the training captions, or that of `config.init_from`.
 
     The latter keeps its words and their indices. Training adds the words that it lacks; only
@@ -115,8 +122,8 @@ def build_model(config, train_data) -> CaptionModel:
     """
     if config.init_from is None:
         vocab = Vocabulary.build(train_data.all_captions, config.min_word_freq)
-        return CaptionModel(vocab, config.model_config(), config.weights)
-    source = CaptionModel.from_checkpoint(config.init_from)
+        return CaptionModel(vocab, config.model_config(), config.weights, backbone)
+    source = CaptionModel.from_checkpoint(config.init_from, backbone=backbone)
     different = [
         f"{name} {getattr(source.config, name)}, not {getattr(config, name)}"
         for name in names_with(ModelConfig, "fits")
@@ -126,7 +133,7 @@ def build_model(config, train_data) -> CaptionModel:
         raise ValueError(
             f"the model in {config.init_from} has {'; '.join(different)}: leave such options out"
         )
-    if config.weights not in (None, "DEFAULT"):
+    if config.weights not in (None, "DEFAULT", OWN):
         print0(f"The weights of the CNN are those in {config.init_from}, not {config.weights}.")
     vocab = source.vocab
     if config.loss != "self-critical":
@@ -134,7 +141,7 @@ def build_model(config, train_data) -> CaptionModel:
     new = vocab.words[len(source.vocab) :]
     if new:
         print0(f"{len(new)} new words: {', '.join(new[:10])}{', ..' if new[10:] else ''}")
-    model = CaptionModel(vocab, config.model_config(), weights=None)
+    model = CaptionModel(vocab, config.model_config(), None, backbone)
     model.load_state_dict(with_new_words(source.state_dict(), len(new)))
     model.card = source.card
     if config.fine_tune == "none":  # otherwise the features change
@@ -205,8 +212,8 @@ def warn_about_few_updates(run: Run):
 def report(run: Run) -> dict:
     """Evaluate best.pt on the validation images; returns the metrics and writes metrics.json."""
     barrier()  # best.pt is complete when rank 0 gets here
-    out = Path(run.config.out)
-    model = CaptionModel.from_checkpoint(out / "best.pt", run.model.device)
+    out, model = Path(run.config.out), copy.deepcopy(run.model)
+    model.load_state_dict(load_checkpoint(out / "best.pt")["model"])
     captions = run.train_loader.dataset.data.all_captions
     metrics = {"split": "validation", "precision": run.precision}
     metrics |= evaluate_split(model, run.val_loader, run.val_images, captions)[0]

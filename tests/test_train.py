@@ -1,16 +1,19 @@
 """The training command: its files and its report, and what decides the result."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import command_line, tiny_config
+from torch import nn
 from training_runs import contents
 
+from captioning.base.checkpoints import load_checkpoint
 from captioning.learning.loop import fit
 from captioning.learning.losses import TeacherForcing
 from model import CaptionModel
-from train import build_run, main
+from train import build_run, main, report
 
 FILES = {"best.pt", "history.jsonl", "last.pt", "vocabulary.json", "metrics.json"}
 
@@ -50,6 +53,32 @@ def test_the_seed_decides(shared_dataset, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert losses[0] == losses[1] != losses[2]
+
+
+class OwnNetwork(nn.Sequential):
+    """Images -> (B, 8)."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_run_with_own_network(dataset):
+    """A run with a module as backbone trains, resumes and reports, and its card does not claim
+    weights of a library; another run can start from its checkpoint.
+    """
+    torch.manual_seed(0)
+    network, config = OwnNetwork(), tiny_config(dataset, epochs=1)
+    fit(build_run(config, network))
+    longer = replace(config, epochs=2, resume=True)
+    run = build_run(longer, network)
+    assert len(fit(run)) == 2 and report(run)["images"] == 12
+    encoder = {"network": "OwnNetwork", "weights": "own", "licence": "not recorded"}
+    assert load_checkpoint(dataset / "out" / "best.pt")["card"]["encoder"] == encoder
+    with pytest.raises(ValueError, match="the weights of the CNN have changed"):
+        build_run(longer, OwnNetwork())
+    options = {"init_from": str(dataset / "out" / "last.pt"), "out": str(dataset / "next")}
+    started = build_run(replace(config, **options), OwnNetwork()).model
+    assert torch.equal(started.encoder.cnn.network[0].weight, network[0].weight)
 
 
 def test_no_image_baseline(dataset):

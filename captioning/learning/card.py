@@ -12,6 +12,7 @@ LIMITATIONS = (
     "training images and captions contain, in the words of its vocabulary, and repeats the biases "
     "of those captions, for example about people."
 )
+OWN = "own"  # `weights` of a module of one's own
 SCORES = {"val_perplexity": "perplexity", "val_cider": "CIDEr-D"}  # names in the history
 
 
@@ -58,7 +59,7 @@ def _licence(config) -> str:
         return "none: the weights were random"
     if config.backbone.startswith("timm/tf_efficientnet_lite"):
         return "Apache License 2.0 (Google's weights, trained on ImageNet)"
-    if Path(config.weights).is_file():
+    if config.weights == OWN or Path(config.weights).is_file():
         return "not recorded"
     library = "timm" if config.backbone.startswith("timm/") else "torchvision"
     return f"that of {library}'s weights; the terms of their training data may apply"

@@ -147,7 +147,7 @@ def _check_name(name, known):
         similar = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0))
         raise ValueError(
             f"unknown backbone {name!r}; similar names: {similar}; a module of your own is an "
-            "argument of CaptionModel and from_checkpoint (backbone=)"
+            "argument of build_run, CaptionModel and from_checkpoint (backbone=)"
         )
 
 
