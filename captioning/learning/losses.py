@@ -108,7 +108,8 @@ class SelfCritical(nn.Module):
         captions = F.pad(samples, (1, 0), value=START)
         values, rows = [], []
         for logits, targets, row in predictions(self.model, memory, captions, sample_index):
-            values.append(word_log_probs(logits).gather(1, targets.unsqueeze(1)).squeeze(1))
+            log_probs = word_log_probs(logits).gather(1, targets.unsqueeze(1)).squeeze(1)
+            values.append(log_probs[: len(row)])
             rows.append(row)
         return torch.cat(values), torch.cat(rows)
 

@@ -7,6 +7,9 @@ from captioning.base.tokens import PAD
 
 CHUNK_SIZE = 64  # captions per call of the decoder, in batches of captions of different lengths
 MAX_PADDING = 0.1  # of a batch that is not divided into chunks
+# The number of predictions is rounded up to a multiple of this, because matrix products of a new
+# shape are slow the first time: oneDNN and cuBLAS prepare a kernel for each.
+MULTIPLE = 64
 
 
 def cross_entropy(model, memory, captions, image_index=None, smoothing=0.0):
@@ -17,31 +20,35 @@ def cross_entropy(model, memory, captions, image_index=None, smoothing=0.0):
     The targets are all words and `<end>`, without `<pad>` and `<start>`.
     """
     total = count = 0
-    for logits, targets, _ in predictions(model, memory, captions, image_index):
+    for logits, targets, rows in predictions(model, memory, captions, image_index):
         logits = logits.float()
-        loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        options = {"reduction": "sum", "ignore_index": PAD}
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing, **options)
         if smoothing:  # the value without smoothing, the gradient with it
-            loss = loss + (F.cross_entropy(logits, targets, reduction="sum") - loss).detach()
-        total, count = total + loss, count + len(targets)
+            loss = loss + (F.cross_entropy(logits, targets, **options) - loss).detach()
+        total, count = total + loss, count + len(rows)
     return {"loss": total, "targets": total.new_tensor(count)}
 
 
 def predictions(model, memory, captions, image_index=None):
-    """Teacher forcing: yields (logits (N, vocab_size), targets (N,), the caption (N,) of each).
+    """Teacher forcing: yields logits (N', vocab_size), targets (N',), and the caption of each (N,).
 
-    Captions of different lengths are processed in chunks of similar length. `captions` and the last
-    result are on the CPU, because nonzero() would synchronize a GPU.
+    The first N of the N' predictions are those of the targets; for the others, which round N up to
+    a multiple of MULTIPLE, the target is `<pad>`. Captions of different lengths are processed in
+    chunks of similar length. `captions` and the last result are on the CPU, because nonzero() would
+    synchronize a GPU.
     """
     lengths = captions.ne(PAD).sum(1)
     chunks = [torch.arange(len(captions))]
     if lengths.sum() < (1 - MAX_PADDING) * captions.numel():
-        chunks = lengths.argsort().split(CHUNK_SIZE)
+        chunks = lengths.argsort().tensor_split(max(round(len(captions) / CHUNK_SIZE), 1))
     for rows in chunks:
         chunk = captions[rows, : lengths[rows].max()]
         targets = chunk[:, 1:].flatten()
         real = targets.ne(PAD).nonzero().squeeze(1)  # `<start>` is never a target
         index = rows if image_index is None else image_index[rows]
-        parts = chunk, index, real, targets[real]
+        more = 0, -len(real) % MULTIPLE
+        parts = chunk, index, F.pad(real, more), F.pad(targets[real], more, value=PAD)
         chunk, index, kept, targets = (x.to(model.device, non_blocking=True) for x in parts)
         yield (
             model.decoder.predict(memory, chunk, index, kept),
