@@ -23,14 +23,14 @@ from captioning.base.modules import select
 from captioning.base.tokens import PAD, TOKENIZER
 from captioning.data.images import eval_transform
 from captioning.decoding.captioner import Captioner
+from captioning.decoding.confidence import Confidence
 from captioning.networks.attention import AttentionDecoder
 from captioning.networks.backbones import input_settings
+from captioning.networks.batch_norm import BatchNorm
 from captioning.networks.cnn import CNN
 from captioning.networks.decoder import Decoder, open_forget_gates, select_predictions
-from captioning.networks.layers import BatchNorm
 from captioning.networks.model_config import INJECT, ModelConfig
 from captioning.networks.word_detector import WordDetector
-from captioning.scoring.confidence import Confidence
 from vocabulary import Vocabulary
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "photo_captioner.pt"
@@ -150,7 +150,7 @@ class DecoderRNN(Decoder):
 class CaptionModel(Captioner, nn.Module):
     """Encoder, decoder and `Vocabulary`; `caption` and `score` are those of `Captioner`.
 
-    weights: as in `EncoderCNN`. backbone: an nn.Module as CNN; config.backbone is then its class.
+    weights: as in `CNN`. backbone: an nn.Module as CNN; config.backbone is then its class.
     card: the model card, a dict that says what the model was trained on. detector: a `WordDetector`
         that captioning uses, and confidence: a `Confidence`, or None.
     """

@@ -80,7 +80,7 @@ def compress(figure, quality=25):
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
 
     def change(other):
-        return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).mean)
+        return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).rms)
 
     image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=quality)
     limit = change(Image.open(best))

@@ -37,7 +37,7 @@ from captioning.learning.losses import TeacherForcing
 from captioning.learning.optimizer import build_optimizer
 from captioning.learning.run import Run
 from captioning.networks.word_detector import WordDetector, pooled, word_shares
-from captioning.scoring.confidence import calibrate, encode_images
+from captioning.scoring.calibration import calibrate, encode_images
 from data_loader import Batch, ImageDataset, get_loader
 from model import PRETRAINED, CaptionModel
 from vocabulary import Vocabulary

@@ -19,9 +19,9 @@ from pycocotools.coco import COCO
 from caption import main
 from captioning.base.checkpoints import save
 from captioning.data.images import BadImageError, open_image
+from captioning.decoding.confidence import Confidence, caption_predictors
 from captioning.figures import plots
 from captioning.networks.word_detector import WordDetector
-from captioning.scoring.confidence import Confidence, caption_predictors
 from model import CaptionModel
 from vocabulary import SPECIAL_TOKENS
 

@@ -11,6 +11,7 @@ from conftest import WORDS, tiny_config, tiny_model
 from pretended_device import pretend_cuda
 
 from captioning.data.extraction import extract_features
+from captioning.decoding.confidence import Confidence
 from captioning.decoding.ensemble import Ensemble
 from captioning.learning.loop import fit
 from captioning.learning.losses import SelfCritical, TeacherForcing
@@ -18,7 +19,6 @@ from captioning.learning.optimizer import optimizer_step
 from captioning.learning.reward import CiderD
 from captioning.networks.word_detector import WordDetector
 from captioning.scenes.generation import write_synthetic
-from captioning.scoring.confidence import Confidence
 from captioning.scoring.evaluation import evaluate_loss
 from data_loader import Batch
 from train import build_run

@@ -19,8 +19,8 @@ from torch import nn
 from captioning.base.checkpoints import export, save
 from captioning.data.images import BadImageError
 from captioning.learning.losses import TeacherForcing
+from captioning.networks.batch_norm import BatchNorm
 from captioning.networks.cnn import CNN
-from captioning.networks.layers import BatchNorm
 from captioning.networks.model_config import INJECT
 from data_loader import Batch
 from model import CaptionModel, DecoderRNN, EncoderCNN, ModelConfig

@@ -35,7 +35,7 @@ class Captioner:
     detector                    a `networks.word_detector.WordDetector`, or None
     """
 
-    confidence = None  # a `captioning.scoring.confidence.Confidence`
+    confidence = None  # a `captioning.decoding.confidence.Confidence`
 
     def caption(
         self, images, n_best=None, return_attention=False, return_confidence=False, **options

@@ -40,15 +40,15 @@ def add_overlay(ax, strength, size, colour=ORANGE, lines="white"):
     ax.set(xlim=(0, width), ylim=(height, 0))
 
 
-def attention_overlay(image, words, strengths, notes, boxes=None, columns=3, side=3.1):
+def attention_overlay(image, words, strengths, notes, boxes=None):
     """An image, and once more for each of several words, with the attention as a colour.
 
     strengths: (words, H, W) from 0, no colour, to 1. notes: a text per word, printed after it.
     boxes: {place of a word: (x, y, width, height)}, rectangles in pixels of the image.
     """
-    rows = -(-(len(words) + 1) // columns)
-    size = (columns * side, rows * (side * image.height / image.width + 0.4))
-    axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")[1].ravel()
+    rows = -(-(len(words) + 1) // 3)
+    size = (9.3, rows * (3.1 * image.height / image.width + 0.4))
+    axes = plt.subplots(rows, 3, figsize=size, squeeze=False, layout="constrained")[1].ravel()
     for ax in axes:
         ax.set_axis_off()
     axes[0].imshow(image, interpolation="bicubic")
@@ -64,19 +64,19 @@ def attention_overlay(image, words, strengths, notes, boxes=None, columns=3, sid
     return axes
 
 
-def attention_on_photograph(path, caption, maps, words=2):
-    """The attention at the words of a photograph's caption at which it differs most from the mean.
+def attention_on_photograph(path, caption, maps):
+    """The attention at the two words of a photograph's caption at which it differs most from the mean.
 
     Positions have a colour if they have more attention than in the mean over all words. The note
-    is the share of the attention that they have, and in parentheses their share in the mean.
+    is the share of the attention that they have, here and on average over the words.
     """
     mean = maps.mean(0)
     more = np.clip((maps / mean - 1) / (MOST - 1), 0, 1)
-    found = sorted(np.argsort(-(maps / mean).max((1, 2)))[:words].tolist())
+    found = sorted(np.argsort(-(maps / mean).max((1, 2)))[:2].tolist())
     names, notes = split_words(caption), []
     for t in found:
         coloured = more[t] > 0
-        notes.append(f"{maps[t][coloured].sum():.0%} (mean: {mean[coloured].sum():.0%})")
+        notes.append(f"{maps[t][coloured].sum():.0%} (average {mean[coloured].sum():.0%})")
     return attention_overlay(centre_crop(path, SIDE), [names[t] for t in found], more[found], notes)
 
 

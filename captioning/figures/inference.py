@@ -14,8 +14,10 @@ import numpy as np
 
 from captioning.base.tokens import END, split_words
 from captioning.data.images import centre_crop
-from captioning.figures.plots import BLUE, GREY, ORANGE, SIDE, caption_grid
+from captioning.figures.image_text import FADED, Paragraph, pictures
+from captioning.figures.plots import BLUE, GREY, ORANGE, SIDE
 
+LEAST_PROBABLE = 0.03
 TINTS = ("#a9d3ea", "#f6c9a8", "#b7dfb2", "#d8c3e8", "#f3e29b")  # behind black text
 
 
@@ -29,11 +31,12 @@ class Branch(NamedTuple):
     score: float | None = None  # if it is a complete caption
 
 
-def image_beside(image, width, height, side=3.05, beside=True):
-    """Show an image, `side` inches wide, and return axes of width x height inches to its right.
+def image_beside(image, width, height, beside=True):
+    """Show an image, 3.05 inches wide, and return axes of width x height inches to its right.
 
     beside: False: the axes are below the image.
     """
+    side = 3.05
     high = side * image.height / image.width
     total = (side + 0.9 + width, max(high, height)) if beside else (width, high + height)
     figure = plt.figure(figsize=total)
@@ -46,9 +49,9 @@ def image_beside(image, width, height, side=3.05, beside=True):
     )
 
 
-def caption_with_probabilities(model, path, beam_size=5):
+def caption_with_probabilities(model, path):
     """A photograph, and beside it the words of its caption with their probabilities."""
-    decoded = model.generate(model.preprocess([path]), beam_size=beam_size)
+    decoded = model.generate(model.preprocess([path]), beam_size=5)
     words = split_words(model.decode(decoded)[0][0])
     probabilities = decoded.log_probs[0, 0, : len(words)].exp().tolist()
     ax = image_beside(centre_crop(path, SIDE), width=4.6, height=3.05)
@@ -67,27 +70,24 @@ def caption_with_probabilities(model, path, beam_size=5):
 
 def show_captions(paths, captions, longer, confidence):
     """Photographs with their captions, longer captions, and the confidence below them."""
-    return caption_grid(
-        [centre_crop(path, SIDE) for path in paths],
-        captions,
-        [f"longer: {caption}" for caption in longer],
-        [False] * len(paths),
-        [f"confidence {value:.2f}" for value in confidence],
-        columns=len(paths),
-        width=3.2,
-    )
+    blocks = []
+    for caption, other, value in zip(captions, longer, confidence, strict=True):
+        known = Paragraph(f"longer: {other}", 10, FADED), Paragraph(f"confidence {value:.2f}", 10)
+        blocks.append([Paragraph(caption, weight="bold"), *known])
+    return pictures([centre_crop(path, SIDE) for path in paths], blocks, len(paths), 3.0)
 
 
-def next_word_map(image, words, probabilities, actual, at_least=0.03):
+def next_word_map(image, words, probabilities, actual):
     """An image and the probabilities of the next word at all steps, as a heat map.
 
     words: the vocabulary. probabilities: (steps, words). actual: the word index of each step, which
-    is framed. Words that never have a probability of `at_least` are left out.
+    is framed. Words that never have a probability of LEAST_PROBABLE are left out.
     """
     probabilities = np.asarray(probabilities)
-    shown = set(np.flatnonzero(probabilities.max(0) >= at_least)) | set(actual)
+    shown = set(np.flatnonzero(probabilities.max(0) >= LEAST_PROBABLE)) | set(actual)
     first = {
-        i: np.argmax(probabilities[:, i] >= min(at_least, probabilities[:, i].max())) for i in shown
+        i: np.argmax(probabilities[:, i] >= min(LEAST_PROBABLE, probabilities[:, i].max()))
+        for i in shown
     }
     rows = sorted(shown, key=lambda i: (first[i], -probabilities[first[i], i]))
     steps = len(actual)
@@ -101,6 +101,8 @@ def next_word_map(image, words, probabilities, actual, at_least=0.03):
                 colour = "white" if p > 0.5 else "black"
                 text = f"{p:.2f}"[1 if p < 0.995 else 0 :][:3]
                 ax.text(t, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+    ax.set_xlabel("actual next word", loc="left")
+    ax.xaxis.set_label_position("top")
     ax.set_yticks(range(len(rows)), [words[i] for i in rows], fontsize=9)
     ax.set_xticks(range(steps), [words[i] for i in actual], fontsize=9, rotation=40, ha="left")
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -145,14 +147,14 @@ def beam_tree(image, steps, notes=""):
     style = {"ha": "center", "va": "center", "fontsize": 8.5}
     for t, step in enumerate(steps):
         for i, branch in enumerate(step):
-            edge = ORANGE if (t, i) in best else BLUE if branch.kept else "silver"
+            edge = ORANGE if (t, i) in best else BLUE if branch.kept else "#a9adb3"
             if t:
                 line = "--" if (t, i) in greedy else "-"
                 ax.plot([t - 0.75, t - 0.25], [-branch.parent, -i], line, color=edge, zorder=0)
-            text = f"{branch.word}\n{branch.log_prob:.2f}"
+            text = branch.word + (f"\n{branch.log_prob:.2f}" if branch.kept else "")
             text += "" if branch.score is None else f"\n({branch.score:.3f})"
             box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": edge}
-            ax.text(t, -i, text, bbox=box, color="black" if branch.kept else "grey", **style)
+            ax.text(t, -i, text, bbox=box, color="black" if branch.kept else "dimgrey", **style)
     t = overtaken(steps)
     if t is not None:
         ax.axvspan(t - 0.5, t + 0.5, color=ORANGE, alpha=0.15, zorder=-1)
@@ -221,16 +223,15 @@ def matched_by(words, references, n):
     return found
 
 
-def ngram_matches(words, references, max_n=4, ax=None):
-    """The n-grams of a caption as overlapping bars, n = 1 .. max_n from top to bottom.
+def ngram_matches(words, references):
+    """The n-grams of a caption as overlapping bars, n = 1 .. 4 from top to bottom.
 
     The colour and the number of a bar are those of the first reference that contains the n-gram;
     n-grams without a match are white. words, references: as in `matched_by`, at most five of these.
     """
-    rows = max_n * (max_n + 1) // 2
-    ax = ax or plt.subplots(figsize=(0.95 * len(words) + 1, 0.3 * rows + 0.3))[1]
+    ax = plt.subplots(figsize=(0.95 * len(words) + 1, 3.3))[1]
     y = 0
-    for n in range(1, max_n + 1):
+    for n in range(1, 5):
         found = matched_by(words, references, n)
         share = f"n = {n}:  {sum(r is not None for r in found)} of {len(found)}"
         ax.text(-0.1, y - n / 2, share, ha="right", va="center", weight="bold")

@@ -7,15 +7,14 @@ show_results(load_results("runs/synthetic", test, "synthetic")[:4])    # test: C
 
 import json
 from pathlib import Path
-from textwrap import wrap
 from typing import NamedTuple
 
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captioning.base.tokens import tokenize
 from captioning.data.images import load_image
-from captioning.figures.inference import image_beside
-from captioning.figures.plots import BLUE, RED, caption_grid
+from captioning.figures.image_text import FADED, RED, Paragraph, pictures
+from captioning.figures.plots import BLUE
 from captioning.scenes.mistakes import KINDS, Mistake, find_mistakes, wrong_words
 from captioning.scoring.metrics import caption_scores
 
@@ -47,31 +46,23 @@ def in_words(mistakes):
     return "; ".join(f"{mistake.kind}: {mistake.text}" for mistake in mistakes or [])
 
 
-def compare_captions(image, captions, mistakes, size=15):
+def compare_captions(image, captions, mistakes):
     """An image, and beside it captions {name: caption}, each with its mistakes in words.
 
-    mistakes: {name: list of mistakes}; a name without one has no mark. size: of the font.
+    mistakes: {name: list of mistakes}; a name without one has no mark.
     """
-    lines = []  # (text, style, height in inches)
+    block = []
     for name, caption in captions.items():
         found = mistakes.get(name)
         mark = "" if found is None else " ✗" if found else " ✓"
-        lines.append((name + mark, {"size": 12, "color": RED if found else BLUE}, 0.25))
-        lines += [
-            (line, {"size": size, "weight": "bold"}, 0.02 * size)
-            for line in wrap(caption, 690 // size)
-        ]
-        lines += [(line, {"size": 12, "color": RED}, 0.26) for line in wrap(in_words(found), 60)]
-        lines.append(("", {}, 0.12))
-    height = max(3.05, sum(line[2] for line in lines))
-    ax = image_beside(image, 6.0, height)
-    y = height
-    for text, style, space in lines:
-        ax.text(0, y, text, va="top", **style)
-        y -= space
-    ax.set(xlim=(0, 6.0), ylim=(0, height))
-    ax.set_axis_off()
-    return ax
+        block += [Paragraph(name + mark, 12, RED if found else BLUE), marked(caption, found, 15)]
+        block.append(Paragraph(in_words(found), 12, RED))
+    return pictures([image], [block], 1, 3.05, beside=6.0)
+
+
+def marked(caption, mistakes, size):
+    """A caption in bold, whose wrong words are red."""
+    return Paragraph(caption, size, weight="bold", red=wrong_words(mistakes or []))
 
 
 def examples_of_kinds(mistakes, most=2):
@@ -90,17 +81,15 @@ def show_examples(rows, paths, captions, references, mistakes):
     if not rows:
         print("No mistakes are known.")
         return None
-    return caption_grid(
-        [load_image(paths[row]) for row in rows],
-        [captions[row] for row in rows],
-        [f"actual: {references[row]}" for row in rows],
-        [True] * len(rows),
-        [in_words(mistakes[row]) for row in rows],
-        [wrong_words(mistakes[row]) for row in rows],
-        columns=2,
-        width=3.2,
-        size=12,
-    )
+    blocks = [
+        [
+            marked(captions[row], mistakes[row], 12),
+            Paragraph(f"actual: {references[row]}", 10, FADED),
+            Paragraph(in_words(mistakes[row]), 10, RED),
+        ]
+        for row in rows
+    ]
+    return pictures([load_image(paths[row]) for row in rows], blocks, min(len(rows), 3), 3.0)
 
 
 # ---------------------------------------------------------------------------- test images
@@ -140,20 +129,18 @@ def most_similar(caption, references):
     return references[scores.index(max(scores))]
 
 
-def show_results(results, columns=4):
+def show_results(results):
     """Images with the predicted caption, its wrong words red, the actual one and the CIDEr-D."""
     if not results:
         print("There are no such images.")
         return None
-    notes = [f"{in_words(x.mistakes)}; CIDEr-D {x.cider:.2f}".lstrip("; ") for x in results]
-    return caption_grid(
-        [load_image(result.path) for result in results],
-        [result.predicted for result in results],
-        [result.actual for result in results],
-        [bool(result.mistakes) for result in results],
-        notes,
-        [wrong_words(result.mistakes) for result in results],
-        columns,
-        width=2.3,
-        size=11,
-    )
+    blocks = [
+        [
+            marked(result.predicted, result.mistakes, 13),
+            Paragraph(result.actual, 11, FADED),
+            *[Paragraph(in_words([mistake]), 11, RED) for mistake in result.mistakes],
+            Paragraph(f"CIDEr-D {result.cider:.2f}", 11, FADED),
+        ]
+        for result in results
+    ]
+    return pictures([load_image(result.path) for result in results], blocks, 4, 2.95)

@@ -10,7 +10,8 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
 from captioning.base.tokens import split_words
-from captioning.figures.gallery import GREEN, RED, WIDTH
+from captioning.figures.gallery import GREEN, WIDTH
+from captioning.figures.image_text import RED
 
 # The main object of each first actual caption, in words that captions use.
 NOUNS = {
@@ -64,24 +65,28 @@ def main_nouns(counts, photographs) -> list[Noun]:
 
 
 def noun_bars(nouns, total):
-    """How many of `total` training photographs show each noun, green if the caption names it."""
+    """How many of `total` training photographs show each noun; green and filled if it is named."""
     ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")[1]
     places = range(len(nouns))
-    heights = [max(noun.count, 0.6) for noun in nouns]
-    colours = [GREEN if noun.named else RED for noun in nouns]
-    ax.bar(places, heights, color=colours, width=0.86)
+    heights = [max(noun.count, 1) for noun in nouns]
+    for x, height, noun in zip(places, heights, nouns, strict=True):
+        colour = GREEN if noun.named else RED
+        ax.plot(x, height, "o", ms=11, mec=colour, mfc=colour if noun.named else "white", mew=2.5)
     for x, height, noun in zip(places, heights, nouns, strict=True):
         style = {"xycoords": "data", "box_alignment": (0.5, 0), "frameon": False, "pad": 0}
         thumbnail = OffsetImage(noun.image, zoom=0.43 * 72 / noun.image.width)
-        ax.add_artist(AnnotationBbox(thumbnail, (x, 1.12 * height), **style))
-        ax.text(x, height / 1.15, noun.count, ha="center", va="top", size=11, color="white")
+        ax.add_artist(AnnotationBbox(thumbnail, (x, 1.35 * height), **style))
+        ax.text(x, height / 1.35, noun.count, ha="center", va="top", size=12)
     names = [noun.noun for noun in nouns]
     ax.set_xticks(places, names, rotation=40, ha="right", rotation_mode="anchor", size=13)
-    ax.set(yscale="log", ylim=(0.5, 3 * total), xlim=(-0.6, len(nouns) - 0.4), yticks=[])
+    ax.set(yscale="log", ylim=(1, 3 * total), xlim=(-0.6, len(nouns) - 0.4))
+    ax.set_ylabel("training photographs", size=13)
+    ax.yaxis.set_major_formatter("{x:,.0f}")
     ax.minorticks_off()
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(length=0)
+    ax.grid(axis="y", color="#e9ecef")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
     key = {"ha": "right", "size": 14, "weight": "bold"}
-    ax.text(len(nouns) - 0.5, total, "named in the caption", color=GREEN, **key)
-    ax.text(len(nouns) - 0.5, total / 3, "not named", color=RED, **key)
+    ax.text(len(nouns) - 0.5, total, "● named in the caption", color=GREEN, **key)
+    ax.text(len(nouns) - 0.5, total / 3, "○ not named", color=RED, **key)
     return ax

@@ -37,12 +37,12 @@ FLICKR8K_REWARDED = [{"epoch": 0, "val_cider": 0.548, "val_perplexity": 14.3}]
 FLICKR8K_REWARDED += [dict(zip(HISTORY_NAMES, row, strict=True)) for row in ROWS]
 
 
-def load_histories(path=HISTORY):
+def load_histories():
     """({name: history}, {name: {photograph: caption}}) of init, par, attend and self-critical.
 
     "attend" is the included captioner; self-critical training continues it.
     """
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    content = json.loads(HISTORY.read_text(encoding="utf-8"))
     compared, attend = content["compared"], content["photographs"]
     histories = {"init": compared["init"], "par": compared["par"], "attend": attend}
     return histories | {"self-critical": compared["self-critical"]}, content["captions"]
@@ -84,13 +84,13 @@ def perplexity_curves(history, ax=None, first=1):
     return _finish(ax, "perplexity")
 
 
-def cider_curves(histories, ax=None, first=1):
+def cider_curves(histories, ax=None):
     """The CIDEr-D of the validation captions of each {name: history}; best epochs are marked."""
     ax = ax or plt.subplots(figsize=(6, 3), layout="constrained")[1]
     for (name, history), colour in zip(histories.items(), COLOURS, strict=False):
-        shown = [line for line in history if line["epoch"] >= first] or history
-        _plot(shown, "val_cider", name, colour, ax)
-        _mark_best(shown, "val_cider", colour, ax)
+        trained = [line for line in history if line["epoch"] > 0]
+        _plot(trained, "val_cider", name, colour, ax)
+        _mark_best(trained, "val_cider", colour, ax)
     return _finish(ax, "CIDEr-D (validation)")
 
 
@@ -146,9 +146,9 @@ def most_improved(first, last, data):
     return int(np.subtract(after, before).argmax())
 
 
-def perplexity_bars(perplexities, ax=None):
+def perplexity_bars(perplexities):
     """A bar with its value for each {model: perplexity}, on a logarithmic scale from 1."""
-    ax = bars(perplexities, ax, "model", "validation perplexity (log scale)")
+    ax = bars(perplexities, None, "model", "validation perplexity (log scale)")
     ax.set(yscale="log", ylim=(1, 2 * max(perplexities.values())))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")

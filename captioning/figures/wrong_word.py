@@ -5,7 +5,8 @@ from difflib import SequenceMatcher
 import matplotlib.pyplot as plt
 import numpy as np
 
-from captioning.figures.plots import GREY, RED
+from captioning.figures.image_text import RED
+from captioning.figures.plots import GREY
 from captioning.scenes.captions import SYNONYMS
 from captioning.scenes.scene import BACKGROUNDS, COLOURS, OBJECTS
 from captioning.scoring.chair import PHRASES

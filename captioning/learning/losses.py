@@ -6,6 +6,7 @@ sums = SelfCritical(model, reward)(batch)       # {"loss": .., "targets": .., "r
 A loss is a module that takes a batch and returns a dict of sums over the batch. Training adds them
 up over the batches and the processes. "loss" is differentiated; its mean over the "targets" is the
 training loss, and without a "reward", its exponential is printed as the training perplexity.
+`train.build_loss` chooses the loss.
 """
 
 import torch

@@ -15,6 +15,8 @@ import numpy as np
 
 from captioning.base.tokens import PAD, START
 
+SIGMA = 6.0  # of the Gaussian penalty of a difference in length, in words
+
 
 class CiderD:
     """CIDEr-D, between 0 and 10, with the document frequencies of a set of references.
@@ -24,14 +26,14 @@ class CiderD:
     2023, arXiv:2305.12254).
     """
 
-    def __init__(self, references, n=4, sigma=6.0):
+    def __init__(self, references, n=4):
         """references: for each image, a list of captions, each a list of word indices.
 
         Raises ValueError for a single image, with which every reward is 0.
         """
         if len(references) < 2:
             raise ValueError("CIDEr-D as a reward needs captions of at least two training images")
-        self.n, self.sigma, self.images = n, sigma, len(references)
+        self.n, self.images = n, len(references)
         frequency = Counter()
         for captions in references:
             frequency.update({gram for caption in captions for gram in self.ngrams(caption)})
@@ -63,7 +65,7 @@ class CiderD:
             products[len(gram) - 1] += min(weight, other) * other
         norms = norms * other_norms
         cosines = np.divide(products, norms, out=np.zeros(self.n), where=norms > 0)
-        return cosines.mean() * math.exp(-((length - other_length) ** 2) / (2 * self.sigma**2))
+        return cosines.mean() * math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
 
     def __call__(self, samples, references) -> np.ndarray:
         """(B, S) scores of S samples for each of B images, against the references of the image.

@@ -7,8 +7,9 @@ run = Run(config, model, TeacherForcing(model), build_optimizer(model, config), 
           val_loader)
 history = fit(run)
 
-Of such a config, `fit` uses what describes the training: epochs, schedule, seed, grad_accum_steps,
-grad_clip, patience, best_by, save_every, resume and overwrite.
+Of such a config, `fit` uses what describes the training: epochs, schedule, seed, grad_accum_steps
+(see `TrainConfig.captions_per_batch`), grad_clip, patience, best_by, save_every, resume, overwrite,
+init_from (the history begins with epoch 0, the model before training) and fine_tune.
 """
 
 from dataclasses import dataclass, field

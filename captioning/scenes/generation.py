@@ -16,7 +16,7 @@ from captioning.scenes.captions import make_captions
 from captioning.scenes.drawing import render
 from captioning.scenes.scene import IMAGE_SIDE, random_scene
 
-VERSION = "2"  # increase it whenever the generated files change
+VERSION = "3"  # increase it whenever the generated files change
 SIZES = {"train": 1600, "val": 200, "test": 200}  # scenes per split
 DESCRIPTION = "Synthetic scenes with generated captions; no photographs."
 
@@ -27,7 +27,7 @@ def write_synthetic(root, sizes: dict[str, int] = SIZES, seed: int = 0) -> dict[
     Raises FileExistsError if `root` holds anything else, or an incomplete or outdated dataset.
     """
     root = Path(root)
-    info = {"description": DESCRIPTION, "version": VERSION, "contributor": "synthetic.py"}
+    info = {"description": DESCRIPTION, "version": VERSION, "contributor": "captioning.scenes"}
     info |= {"sizes": sizes, "seed": seed}
     if not is_complete(root, info):
         root.parent.mkdir(parents=True, exist_ok=True)

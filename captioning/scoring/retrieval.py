@@ -10,7 +10,7 @@ import torch
 
 from captioning.base.modules import eval_mode
 from captioning.decoding.likelihood import log_probabilities
-from captioning.scoring.confidence import encode_images
+from captioning.scoring.calibration import encode_images
 
 AT = (1, 5, 10)
 

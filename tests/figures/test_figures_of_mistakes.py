@@ -8,6 +8,7 @@ from PIL import Image
 
 matplotlib.use("Agg")  # draws without a display
 
+from captioning.figures.image_text import RED
 from captioning.figures.mistakes import (
     compare_captions,
     examples_of_kinds,
@@ -17,6 +18,7 @@ from captioning.figures.mistakes import (
     share_right,
     show_examples,
 )
+from captioning.figures.plots import BLUE
 
 ACTUAL = "A red cat and a blue car in the meadow."
 PREDICTED = ["a red cat and a blue car in the meadow", "a blue cat in the meadow"]
@@ -37,9 +39,11 @@ def test_compare_captions():
     """A caption that was compared has a mark, with its mistakes below; an actual one has none."""
     right, wrong = known_mistakes("synthetic", *PAIR)
     captions = {"beam": PREDICTED[0], "greedy": PREDICTED[1], "actual": ACTUAL}
-    ax = compare_captions(Image.new("RGB", (8, 8)), captions, {"beam": right, "greedy": wrong})
-    found = [text.get_text() for text in ax.texts]
-    assert {"beam ✓", "greedy ✗", "actual", in_words(wrong)} <= set(found)
+    mistakes = {"beam": right, "greedy": wrong}
+    (ax,) = compare_captions(Image.new("RGB", (8, 8)), captions, mistakes)
+    found = [(text.get_text(), text.get_color()) for text in ax.figure.texts]
+    assert ("beam ✓", BLUE) in found and ("greedy ✗", RED) in found and ("actual", BLUE) in found
+    assert ("blue", RED) in found and any(text.startswith("colour: ") for text, _ in found)
 
 
 @pytest.mark.parametrize("most, rows", [(1, [1]), (2, [1, 2]), (9, [1, 2, 0])])

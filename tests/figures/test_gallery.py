@@ -13,14 +13,13 @@ matplotlib.use("Agg")  # draws without a display
 
 from captioning.figures.gallery import (
     GREEN,
-    RED,
     Photograph,
     attention_strip,
     caption_photographs,
     show_photographs,
     show_versions,
-    wrap,
 )
+from captioning.figures.image_text import RED
 from captioning.figures.mistakes import load_results, show_results
 from captioning.figures.nouns import main_nouns, noun_bars
 
@@ -34,18 +33,10 @@ def texts(axes):
     return [text.get_text() for text in axes[0].figure.texts]
 
 
-def test_wrap():
-    """Lines are as long as they may be, and a word that is too long has a line of its own."""
-    assert wrap("one two three", 100, 12) == ["one two three"]
-    assert wrap("one two three", 0.1, 12) == ["one", "two", "three"]
-    narrow, bold = (len(wrap("word " * 50, 3, 12, weight)) for weight in ("normal", "bold"))
-    assert 1 < narrow < bold
-
-
 def test_photographs_have_their_captions_verdict_and_confidence():
     """Below each photograph are both captions; what was not judged is not called wrong."""
     verdicts = {True: "✓ right", False: "✗ wrong", None: "not judged"}
-    axes = show_photographs([photograph(verdict=verdict) for verdict in verdicts], columns=2)
+    axes = show_photographs([photograph(verdict=verdict) for verdict in verdicts])
     assert len(axes) == 3
     for row, text in enumerate(verdicts.values()):
         expected = ["a pig sleeps", f"{text} · confidence 0.50", "actual: A pig."]
@@ -100,8 +91,9 @@ def test_nouns():
         ("owl", 1, False),
         ("rocket", 0, False),
     ]
-    bars = noun_bars(nouns, total=4).patches
-    assert [to_hex(bar.get_facecolor()) for bar in bars] == [GREEN, RED, RED]
+    dots = noun_bars(nouns, total=4).lines
+    assert [to_hex(dot.get_markeredgecolor()) for dot in dots] == [GREEN, RED, RED]
+    assert [dot.get_ydata().tolist() for dot in dots] == [[2], [1], [1]]
 
 
 def test_results(tmp_path, capsys):
@@ -123,5 +115,5 @@ def test_results(tmp_path, capsys):
     assert [mistake.kind for mistake in worst.mistakes] == ["colour"]
     assert worst.actual == "a green house by the calm lake" and worst.mistakes[0].words == (1,)
     assert not any(x.mistakes for x in load_results(tmp_path, test, "coco2017"))
-    assert show_results([best, worst]).size == 4
+    assert len(show_results([best, worst])) == 2
     assert show_results([]) is None and "no such images" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_beam_tree():
     edges = {t.get_text(): to_hex(t.get_bbox_patch().get_edgecolor()) for t in boxes}
     orange = [text for text, edge in edges.items() if edge == ORANGE]
     assert orange == ["an\n-2.00", "ox\n-2.10", "<end>\n-2.00\n(-0.800)"]
-    assert edges["cat\n-1.50"] == BLUE and edges["dog\n-4.00"] == to_hex("silver")
+    assert edges["cat\n-1.50"] == BLUE and edges["dog"] == "#a9adb3"
     assert [t.get_position()[0] for t in boxes] == [0, 0, 1, 1, 1, 2, 2]
     assert len(ax.lines) == 5  # to every branch after the first step
     dashed = [list(line.get_ydata()) for line in ax.lines if line.get_linestyle() == "--"]

@@ -2,9 +2,7 @@
 
 import matplotlib
 import numpy as np
-import pytest
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 from PIL import Image
 
 matplotlib.use("Agg")  # draws without a display
@@ -13,57 +11,10 @@ from captioning.figures.plots import (
     BLUE,
     GREY,
     ORANGE,
-    RED,
     attention_maps,
-    caption_grid,
-    image_grid,
     next_word_bars,
     padded_table,
 )
-
-
-def texts(ax):
-    """The (text, colour) of all texts of the axes, except empty ones."""
-    found = [(text.get_text(), text.get_color()) for text in ax.findobj(Text)]
-    return [pair for pair in found if pair[0]]
-
-
-def test_caption_grid():
-    """Only wrong predictions are marked and red; each image has its own captions and note."""
-    images = [np.full((2, 2, 3), value, np.uint8) for value in (10, 20, 30)]
-    predicted, actual = ["a cat", "a dog", "a cup"], ["one cat", "one dog", "one cup"]
-    axes = caption_grid(
-        images, predicted, actual, [False, True, False], ["n1", "", "n3"], columns=2
-    )
-    one = ("one", "dimgrey")
-    right = [("a", "black"), ("cat", "black"), one, ("cat", "dimgrey"), ("n1", BLUE)]
-    assert texts(axes.flat[0]) == right
-    wrong = [("✗", RED), ("a", RED), ("dog", RED), one, ("dog", "dimgrey")]
-    assert texts(axes.flat[1]) == wrong
-    assert [ax.images[0].get_array()[0, 0, 0] for ax in axes.flat[:3]] == [10, 20, 30]
-    assert not axes.flat[3].images
-
-
-def test_wrong_words_are_red():
-    """With positions, only these words of a wrong caption are red; lines break without a loss,
-    also those with hyphens or with words that are too long."""
-    caption = "a red t-shirt and a car on the long photographically-sandy beach"
-    image, options = Image.new("RGB", (4, 3)), {"columns": 1, "width": 1.5}
-    (ax,) = caption_grid([image], [caption], [""], [True], wrong_words=[{1, 5}], **options).flat
-    assert [word for word, _ in texts(ax)] == ["✗", *caption.split()]
-    assert [word for word, colour in texts(ax) if colour == RED] == ["✗", "red", "car"]
-
-
-@pytest.mark.parametrize("grid", [image_grid, caption_grid])
-def test_texts_do_not_overlap_the_next_row(grid):
-    """The text below an image is below it, and ends above the images of the next row."""
-    captions = ["word " * 30, "word"], ["other " * 30, "other"], [False, False]
-    arguments = captions[:1] if grid is image_grid else captions
-    axes = grid([Image.new("RGB", (8, 8))] * 2, *arguments, columns=1, width=2)
-    axes.flat[0].figure.canvas.draw()
-    extents = [t.get_window_extent() for t in axes.flat[0].findobj(Text) if t.get_text()]
-    assert max(extent.y1 for extent in extents) <= axes.flat[0].get_window_extent().y0
-    assert min(extent.y0 for extent in extents) > axes.flat[1].get_window_extent().y1
 
 
 def test_attention_maps():

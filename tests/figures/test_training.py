@@ -37,13 +37,14 @@ def lines_of(ax):
     return curves, [(*map(float, line.get_xydata()[0]),) for line in known[True]]
 
 
-def test_load_histories(tmp_path):
+def test_load_histories(tmp_path, monkeypatch):
     """The included captioner is "attend"; the names are in the order of the comparison."""
     file = tmp_path / "history.json"
     compared = {name: [{"epoch": name}] for name in ("self-critical", "par", "init")}
     content = {"photographs": HISTORY, "compared": compared, "captions": {"par": {"a.jpg": "a"}}}
     file.write_text(json.dumps(content))
-    histories, captions = load_histories(file)
+    monkeypatch.setattr("captioning.figures.training.HISTORY", file)
+    histories, captions = load_histories()
     assert list(histories) == ["init", "par", "attend", "self-critical"]
     assert histories["attend"] == HISTORY and histories["par"] == [{"epoch": "par"}]
     assert captions == {"par": {"a.jpg": "a"}}

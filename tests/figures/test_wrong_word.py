@@ -8,7 +8,7 @@ from PIL import Image
 matplotlib.use("Agg")  # draws without a display
 
 from captioning.data.coco import CocoCaptions
-from captioning.figures.plots import RED
+from captioning.figures.image_text import RED
 from captioning.figures.wrong_word import (
     caption_rows,
     content_errors,

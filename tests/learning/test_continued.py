@@ -12,11 +12,11 @@ from training_runs import contents, history_of
 
 from captioning.base.checkpoints import load_safely, save
 from captioning.base.options import names_with
+from captioning.decoding.confidence import Confidence
 from captioning.learning.loop import fit
 from captioning.learning.train_config import CONTINUE, SCENES, SELF_CRITICAL, config_for, parse_args
 from captioning.networks.model_config import INJECT
 from captioning.networks.word_detector import WordDetector
-from captioning.scoring.confidence import Confidence
 from model import CaptionModel, ModelConfig
 from train import NEW_WORDS_LOG_ODDS, build_run, main
 from vocabulary import UNK, tokenize

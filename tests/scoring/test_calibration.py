@@ -10,17 +10,11 @@ from conftest import tiny_model
 from captioning.base.checkpoints import export, save
 from captioning.base.tokens import SPECIAL_TOKENS
 from captioning.data.coco import CocoCaptions
+from captioning.decoding.confidence import PENALTY, REPEATED, Confidence, caption_predictors
 from captioning.decoding.decoded import Decoded
 from captioning.decoding.generate import generate
 from captioning.networks.word_detector import WordDetector, word_shares
-from captioning.scoring.confidence import (
-    PENALTY,
-    REPEATED,
-    Confidence,
-    calibrate,
-    caption_predictors,
-    encode_images,
-)
+from captioning.scoring.calibration import calibrate, encode_images
 from captioning.scoring.evaluation import score_sources
 from data_loader import ImageDataset
 from model import CaptionModel

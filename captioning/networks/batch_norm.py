@@ -1,4 +1,4 @@
-"""Building blocks of the models."""
+"""Batch normalization that a batch of one vector does not break."""
 
 from torch import nn
 from torch.nn import functional as F
