@@ -65,7 +65,7 @@ def attention_overlay(image, words, strengths, notes, boxes=None):
 
 
 def attention_on_photograph(path, caption, maps):
-    """The attention at the two words of a photograph's caption at which it differs most from the mean.
+    """The attention at two words of a photograph's caption: where it differs most from the mean.
 
     Positions have a colour if they have more attention than in the mean over all words. The note
     is the share of the attention that they have, here and on average over the words.

@@ -47,8 +47,8 @@ def attention_strip(photograph):
     for word, factor in zip(words, factors, strict=True):
         peak = f"up to {factor.max():.1f} ×"
         blocks.append([Paragraph(word, 15, weight="bold"), Paragraph(peak, 12, FADED)])
-    grey = Image.blend(image.convert("L").convert("RGB"), image, 0.25)
-    pale = Image.blend(grey, Image.new("RGB", image.size, "white"), 0.3)
+    grey = image.convert("L").convert("RGB")
+    pale = Image.blend(grey, Image.new("RGB", image.size, "white"), 0.2)
     columns = -(-len(blocks) // 2)
     side = (WIDTH + GAP) / columns - GAP
     axes = pictures([image, *[pale] * len(words)], blocks, columns, side)

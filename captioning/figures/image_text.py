@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
 
 INK, FADED, RED = "#1b1f24", "#6b7280", "#c1121f"
 GAP = 0.2  # between the images, in inches
@@ -103,5 +103,7 @@ def wrap(paragraph, width):
 
 
 def inches(text, style):
-    """The width of a text in one line."""
-    return text_to_path.get_text_width_height_descent(text, FontProperties(**style), False)[0] / 72
+    """The width of a text in one line, as matplotlib draws it at the resolution of its figures."""
+    dpi = plt.rcParams["figure.dpi"]
+    renderer = RendererAgg(1, 1, dpi)
+    return renderer.get_text_width_height_descent(text, FontProperties(**style), False)[0] / dpi
