@@ -66,7 +66,7 @@ def run(args) -> dict:
 def features_of(model, data, cache_dir) -> Views:
     """The features that the model's CNN computes of the images."""
     precision, cnn = model.config.precision, model.encoder.cnn
-    array, _ = extract_features(cnn, data.paths, model.transform, cache_dir, precision)
+    array = extract_features(cnn, data.paths, model.transform, cache_dir, precision)
     return Views([array])
 
 

@@ -89,7 +89,7 @@ def test_extraction(model, photos, tmp_path):
     features = []
     for device in ("cuda", "cpu"):
         cnn = model.encoder.cnn.to(device).eval()
-        array, _ = extract_features(cnn, photos, model.transform, tmp_path / device, "float32")
+        array = extract_features(cnn, photos, model.transform, tmp_path / device, "float32")
         features.append(array[[0, 1, 2]])
     assert (features[0] == features[1]).all()
 

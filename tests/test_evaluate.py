@@ -122,7 +122,7 @@ def ensemble_perplexity(models, data, cache_dir):
     nll, vocab, features = [], models[0].vocab, []
     for model in models:
         cnn, transform = model.encoder.cnn, model.transform
-        array, _ = extract_features(cnn, data.paths, transform, cache_dir, "float32")
+        array = extract_features(cnn, data.paths, transform, cache_dir, "float32")
         features.append(model.encoder.project(Views([array])[range(len(data))]))
     for i, captions in enumerate(data.captions):
         for caption in captions:

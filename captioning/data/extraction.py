@@ -1,8 +1,7 @@
 """Computing the features of a frozen CNN once per image, and keeping them on disk.
 
-    array, bad = extract_features(encoder.cnn, data.paths, model.transform, "runs/cache")
+    array = extract_features(encoder.cnn, data.paths, model.transform, "runs/cache")
     array[[7, 3]]     # (2, V, P, C) float16, of data.paths[7] and data.paths[3]
-    bad               # {row: reason} of images that could not be read
 
 The name of their folder is a fingerprint of the CNN (settings, precision, weights), of what the
 transform returns for an image, and of the images (name, size, modification time). A change of any
@@ -14,7 +13,6 @@ only the features of the current batch are read.
 
 import contextlib
 import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -26,8 +24,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from captioning.base.device import autocast, resolve_precision, usual_defaults
-from captioning.base.distributed import barrier, print0, rank_and_world_size, show_progress
-from captioning.base.files import atomic_write, file_lock, write_text
+from captioning.base.distributed import barrier, gather, print0, rank_and_world_size, show_progress
+from captioning.base.files import atomic_write, file_lock
 from captioning.data.features import FeatureArray
 from captioning.data.images import BadImageError
 from captioning.data.workers import WorkerLoader
@@ -39,15 +37,15 @@ LARGE = 1e9  # bytes; the size of features that take more is printed first
 
 @usual_defaults()
 def extract_features(
-    cnn, paths, transform, cache_dir, precision="auto", num_workers=0, skip_bad=False
-) -> tuple[FeatureArray, dict[int, str]]:
+    cnn, paths, transform, cache_dir, precision="auto", num_workers=0
+) -> FeatureArray:
     """`cnn.views` of every image, loaded from `cache_dir` where already computed.
 
     cnn: a `networks.cnn.CNN` without a part that is trained. Runs on its device. After an
     interruption, the next call continues; with torchrun, each rank computes its share of the files.
 
-    Returns the features, zeros for an image that could not be read, and {row: reason} for these.
-    Unless `skip_bad`, a BadImageError at the end names them all. Raises OSError if files cannot be
+    Raises BadImageError, which names all images that could not be read, after the features of the
+    others have been computed, except for those in the same file. Raises OSError if files cannot be
     written, or those of other ranks are missing.
     """
     paths = [Path(path) for path in paths]
@@ -57,31 +55,29 @@ def extract_features(
         folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(paths), SHARD_SIZE)
     with file_lock(folder / ".lock") if rank == 0 else contextlib.nullcontext():
-        if rank == 0:
-            delete_outdated_shards(folder, paths, transform)
-        barrier()
-        missing = [start for start in starts if not is_complete(folder, start, len(paths))]
+        barrier()  # the folder exists
+        missing, bad = [start for start in starts if not is_complete(folder, start, len(paths))], []
         barrier()  # no rank writes before all ranks have listed the missing files
         if missing:
-            compute_shards(cnn, paths, transform, folder, missing, precision, num_workers)
-        barrier()  # no rank reads before all ranks have written
+            bad = compute_shards(cnn, paths, transform, folder, missing, precision, num_workers)
+        bad = sum(gather(bad), [])  # no rank reads before all ranks have written
+    if bad:
+        raise BadImageError(describe_bad(bad))
     for start in starts:
         if not is_complete(folder, start, len(paths)):
             raise OSError(
                 f"{shard_file(folder, start)} is missing though all images were processed: do the "
                 "processes share that folder? Start again, or choose another --cache-dir"
             )
-    bad = {}
-    for file in sorted(folder.glob("*.bad.json")):
-        bad |= {int(row): reason for row, reason in json.loads(file.read_text()).items()}
-    if bad and not skip_bad:
-        raise BadImageError(describe_bad(bad.values()))
-    return FeatureArray([shard_file(folder, start) for start in starts]), bad
+    return FeatureArray([shard_file(folder, start) for start in starts])
 
 
 @torch.inference_mode()
 def compute_shards(cnn, paths, transform, folder, starts, precision, num_workers):
-    """Compute and write this rank's share of the shards whose first images are `starts`."""
+    """Compute and write this rank's share of the shards whose first images are `starts`.
+
+    Returns the reasons why images could not be read; a shard with such an image is not written.
+    """
     device = next(cnn.parameters()).device
     cnn = cnn.for_inference(precision)
 
@@ -90,10 +86,10 @@ def compute_shards(cnn, paths, transform, folder, starts, precision, num_workers
         with autocast(device, precision):
             return cnn.views(batch).half().cpu().numpy()
 
-    zeros = np.zeros_like(views([transform(Image.new("RGB", (64, 64)))])[0])
     sizes = [len(paths[start : start + SHARD_SIZE]) for start in starts]
-    check_space(folder, sum(sizes) * zeros.nbytes)  # of all ranks
-    rank, world_size = rank_and_world_size()
+    size = views([transform(Image.new("RGB", (64, 64)))]).nbytes
+    check_space(folder, sum(sizes) * size)  # of all ranks
+    bad, (rank, world_size) = [], rank_and_world_size()
     bar = tqdm(
         total=sum(sizes[rank::world_size]),
         unit="img",
@@ -106,17 +102,17 @@ def compute_shards(cnn, paths, transform, folder, starts, precision, num_workers
     for start in starts[rank::world_size]:
         images = ReadableImages(paths[start : start + SHARD_SIZE], transform)
         batch_size = 8 if device.type == "cpu" else 64
-        features, bad = [], {}
+        features, known = [], len(bad)
         for batch in WorkerLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
-            good = [image for image, _ in batch if image is not None]
-            computed = iter(views(good) if good else [])
-            for image, reason in batch:
-                if image is None:
-                    bad[start + len(features)] = reason
-                features.append(zeros if image is None else next(computed))
+            bad += [reason for image, reason in batch if image is None]
+            if len(bad) == known:
+                features.append(views([image for image, _ in batch]))
             bar.update(len(batch))
-        write_shard(folder, start, np.stack(features), bad)
+        if len(bad) == known:
+            with atomic_write(shard_file(folder, start)) as file:
+                np.save(file, np.concatenate(features))
     bar.close()
+    return bad
 
 
 # ---------------------------------------------------------------------------- files
@@ -124,17 +120,6 @@ def compute_shards(cnn, paths, transform, folder, starts, precision, num_workers
 
 def shard_file(folder, start) -> Path:
     return folder / f"{start:08d}.npy"
-
-
-def write_shard(folder, start, features, bad):
-    """Write the features and the bad images of one shard.
-
-    The bad images are written first, so that a kill never leaves features without their list.
-    """
-    if bad:
-        write_text(folder / f"{start:08d}.bad.json", json.dumps(bad))
-    with atomic_write(shard_file(folder, start)) as file:
-        np.save(file, features)
 
 
 def check_space(folder, need):
@@ -156,19 +141,6 @@ def is_complete(folder, start, images) -> bool:
         return len(features) == min(SHARD_SIZE, images - start)
     except (OSError, ValueError, EOFError):
         return False
-
-
-def delete_outdated_shards(folder, paths, transform):
-    """Delete shards with an image that could not be read when they were computed, and now can."""
-    for file in folder.glob("*.bad.json"):
-        try:
-            bad = [int(row) for row in json.loads(file.read_text())]
-            still_bad = all(ReadableImages(paths, transform)[row][1] for row in bad)
-        except ValueError:
-            still_bad = False
-        if not still_bad:
-            (folder / file.name.replace(".bad.json", ".npy")).unlink(missing_ok=True)
-            file.unlink()
 
 
 def fingerprint(cnn, paths, transform, precision) -> str:

@@ -49,19 +49,16 @@ class Views:
         then, for training, random crops of it.
     random: draw one of all the views each time, as augmentation; otherwise, the mean of those in
         the first array.
-    kept: (M,) the rows of the arrays that rows 0 to M - 1 of this object stand for; None: all.
     """
 
-    def __init__(self, arrays, random=False, kept=None):
+    def __init__(self, arrays, random=False):
         self.arrays, self.random = list(arrays), random
-        self.kept = np.arange(len(self.arrays[0])) if kept is None else np.asarray(kept)
 
     def __len__(self):
-        return len(self.kept)
+        return len(self.arrays[0])
 
     def __getitem__(self, rows):
         """(B,) rows -> (B, P, C) float32."""
-        rows = self.kept[rows]
         if len(self.arrays) == self.arrays[0].shape[1] == 1:  # the only view
             return torch.from_numpy(self.arrays[0][rows][:, 0]).float()
         if self.random:
@@ -78,10 +75,6 @@ class Views:
             chosen = np.flatnonzero(number == i)
             views[chosen] = array[rows[chosen]][np.arange(len(chosen)), view[chosen]]
         return views
-
-    def without(self, rows):
-        """A copy in which the images with these row numbers are left out."""
-        return Views(self.arrays, self.random, np.delete(self.kept, sorted(rows)))
 
 
 class PerModel:

@@ -6,6 +6,8 @@ from captioning.data.features import Views
 from captioning.data.images import BadImageError, CropTransform
 from captioning.networks.backbones import input_settings
 
+ADVICE = "replace them, or exclude them with --skip-bad-images"
+
 
 def prepare_images(config, model, train_data, val_data):
     """[(training captions, features), (validation captions, features)] without unreadable images.
@@ -16,48 +18,43 @@ def prepare_images(config, model, train_data, val_data):
     Raises BadImageError for unreadable images, unless `config.skip_bad_images`.
     """
     splits, frozen = [train_data, val_data], config.fine_tune == "none"
-    if frozen:
-        found = [extract(config, model, data, model.transform) for data in splits]
-    else:  # features that change cannot be kept
-        workers = config.num_workers
-        found = [(None, find_bad_images(x.paths, model.transform, workers)) for x in splits]
-    arrays, bad = zip(*found, strict=True)
-    report_bad(splits, bad, config.skip_bad_images)
-    kept = [data.without(rows) for data, rows in zip(splits, bad, strict=True)]
-    if not frozen:
-        return [(data, None) for data in kept]
+    for data in splits:
+        if data.uncaptioned:
+            count = len(data.uncaptioned)
+            print0(f"{data.captions_file}: {count} images have no caption and are excluded")
+    if config.skip_bad_images or not frozen:  # otherwise the extraction finds them
+        splits = readable(config, splits, model.transform)
+    if not frozen:  # features that change cannot be kept
+        return [(data, None) for data in splits]
     settings = input_settings(config.backbone, config.image_size)
     crops = [CropTransform(seed, **settings) for seed in range(config.crops)]
-    crops = [extract(config, model, train_data, crop)[0] for crop in crops]
-    views = Views([arrays[0], *crops], random=True), Views([arrays[1]])
-    return [(data, x.without(rows)) for data, x, rows in zip(kept, views, bad, strict=True)]
+    try:
+        whole, val = (extract(config, model, data, model.transform) for data in splits)
+        views = [whole, *(extract(config, model, splits[0], crop) for crop in crops)]
+    except BadImageError as error:
+        raise BadImageError(f"{error}\n{ADVICE}") from error
+    return list(zip(splits, (Views(views, random=True), Views([val])), strict=True))
 
 
 def extract(config, model, data, transform):
-    return extract_features(
-        model.encoder.cnn,
-        data.paths,
-        transform,
-        config.cache_dir,
-        config.precision,
-        config.num_workers,
-        skip_bad=True,
-    )
+    cnn, cache_dir = model.encoder.cnn, config.cache_dir
+    options = config.precision, config.num_workers
+    return extract_features(cnn, data.paths, transform, cache_dir, *options)
 
 
-def report_bad(splits, bad, skip):
-    """Print which images are excluded; raise BadImageError for unreadable ones unless `skip`."""
-    for split in splits:
-        if split.uncaptioned:
-            count = len(split.uncaptioned)
-            print0(f"{split.captions_file}: {count} images have no caption and are excluded")
+def readable(config, splits, transform):
+    """The splits without unreadable images, which are printed.
+
+    Raises BadImageError unless `config.skip_bad_images`, and if no image of a split is left.
+    """
+    bad = [find_bad_images(data.paths, transform, config.num_workers) for data in splits]
     reasons = [reason for of_split in bad for reason in of_split.values()]
     if not reasons:
-        return
-    found = describe_bad(reasons)
-    if not skip:
-        raise BadImageError(f"{found}\nreplace them, or exclude them with --skip-bad-images")
-    print0(f"{found}\nThey are excluded, with their captions.")
-    for split, of_split in zip(splits, bad, strict=True):
-        if len(of_split) == len(split):
-            raise BadImageError(f"no image of {split.captions_file} can be read")
+        return splits
+    if not config.skip_bad_images:
+        raise BadImageError(f"{describe_bad(reasons)}\n{ADVICE}")
+    print0(f"{describe_bad(reasons)}\nThey are excluded, with their captions.")
+    for data, of_split in zip(splits, bad, strict=True):
+        if len(of_split) == len(data):
+            raise BadImageError(f"no image of {data.captions_file} can be read")
+    return [data.without(rows) for data, rows in zip(splits, bad, strict=True)]

@@ -93,17 +93,17 @@ def test_features(paths, extract, options):
     """The features are those of the CNN in eval mode, of each view and each position, in float16;
     the CNN keeps the mode that it was in."""
     cnn = new_cnn(**options).train()
-    found, bad = extract(paths, cnn)
+    found = extract(paths, cnn)
     assert cnn.training == ("fine_tune" in options)
     assert_right(found, cnn, paths)
-    assert bad == {} and found.shape[:3] == (12, 1 + cnn.flip, 1 if cnn.pooled else 4)
+    assert found.shape[:3] == (12, 1 + cnn.flip, 1 if cnn.pooled else 4)
 
 
 def test_worker_processes(cnn, extract, paths):
     """Worker processes give the same features; what they get can be pickled."""
     images = pickle.loads(pickle.dumps(ReadableImages(paths, transform)))
     assert torch.equal(images[3][0], transform(paths[3]))
-    assert_right(extract(paths, num_workers=2)[0], cnn, paths)
+    assert_right(extract(paths, num_workers=2), cnn, paths)
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -112,7 +112,7 @@ def test_worker_processes(cnn, extract, paths):
 def test_second_call_opens_no_image(cnn, extract, paths, opened, small_shards):
     """Features are computed into files, and loaded from them without opening an image."""
     for _ in range(2):
-        found, _ = extract(paths)
+        found = extract(paths)
         assert opened == paths
     assert [len(np.load(file)) for file in found.files] == [5, 5, 2]
     assert_right(found, cnn, paths)
@@ -160,7 +160,7 @@ def test_other_input_is_computed(paths, extract, opened, change):
         cnn = new_cnn(Squared)
     if change == "layers":
         cnn.network.avgpool = torch.nn.AdaptiveMaxPool2d(1)
-    found, _ = extract(paths, cnn, transform, precision)
+    found = extract(paths, cnn, transform, precision)
     assert opened == paths
     if change != "precision":  # the oracle computes in float32
         assert_right(found, cnn, paths, transform)
@@ -179,7 +179,7 @@ def test_runs_that_share_a_cache(cnn, extract, paths, opened):
     """Of two runs that need the same features at the same time, one computes them for both."""
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(extract, paths) for _ in range(2)]
-        found = [job.result()[0] for job in jobs]
+        found = [job.result() for job in jobs]
     assert sorted(opened) == paths
     for array in found:
         assert_right(array, cnn, paths)
@@ -203,7 +203,7 @@ def test_interruption(cnn, extract, paths, opened, monkeypatch, small_shards):
         with pytest.raises(KeyboardInterrupt):
             extract(paths)
     opened.clear()
-    found, _ = extract(paths)
+    found = extract(paths)
     assert opened == paths[5:]
     assert_right(found, cnn, paths)
 
@@ -221,7 +221,7 @@ def test_damaged_shard(cnn, extract, paths, tmp_path, opened, damage, small_shar
         damaged = {"truncated": content[:-100], "empty": b"", "no array": b"text" * 99}
         file.write_bytes(damaged[damage])
     opened.clear()
-    found, _ = extract(paths)
+    found = extract(paths)
     assert opened == paths[5:10]
     assert_right(found, cnn, paths)
 
@@ -235,7 +235,7 @@ def test_shards_of_another_rank_are_missing(cnn, extract, paths, monkeypatch, sm
         )
         with pytest.raises(OSError, match="00000010.npy is missing"):
             extract(paths)
-    assert_right(extract(paths)[0], cnn, paths)
+    assert_right(extract(paths), cnn, paths)
 
 
 def test_too_small_a_disk(cnn, extract, paths, tmp_path, monkeypatch, small_shards):
@@ -248,35 +248,35 @@ def test_too_small_a_disk(cnn, extract, paths, tmp_path, monkeypatch, small_shar
         assert len(str(caught.value).splitlines()) == 1
         assert not list(tmp_path.glob("*/*.npy"))
         patch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, needed))
-        assert_right(extract(paths)[0], cnn, paths)
+        assert_right(extract(paths), cnn, paths)
 
 
 # ---------------------------------------------------------------------------- bad images
 
 
-def test_bad_images(cnn, extract, paths, small_shards):
-    """With `skip_bad`, all images that cannot be read are listed, and their features are zero;
-    without, an error names all of them, and no other."""
-    bad_rows = [2, *range(5, 10), 11]  # with all images of a file
+def test_bad_images(cnn, extract, paths, opened, small_shards):
+    """An error names all images that cannot be read, and no other. Files with such an image are not
+    written, so that its next version is encoded; the others need not be computed again.
+    """
+    bad_rows = [2, *range(5, 10)]  # with all images of a file
+    contents = [path.read_bytes() for path in paths]
     for row in bad_rows:
         paths[row].write_bytes(b"no image")
-    paths[2].write_bytes(b"")
-    paths[11].unlink()
-    good_rows = [row for row in range(12) if row not in bad_rows]
-    for _ in range(2):  # computed, then loaded
-        found, bad = extract(paths, skip_bad=True)
-        assert sorted(bad) == bad_rows == sorted(find_bad_images(paths, transform))
-        assert all(str(paths[row]) in reason for row, reason in bad.items())
-        assert not found[bad_rows].any()
-        assert_right(found[good_rows], cnn, [paths[row] for row in good_rows])
-    with pytest.raises(BadImageError) as caught:
-        extract(paths)
-    named = [row for row, path in enumerate(paths) if str(path) in str(caught.value)]
-    assert named == bad_rows
+    paths[2].unlink()
+    assert sorted(find_bad_images(paths, transform)) == bad_rows
+    for _ in range(2):
+        opened.clear()
+        with pytest.raises(BadImageError) as caught:
+            extract(paths)
+        named = [row for row, path in enumerate(paths) if str(path) in str(caught.value)]
+        assert named == bad_rows
+    assert not set(opened) & set(paths[10:])
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    assert_right(extract(paths), cnn, paths)
 
 
-@pytest.mark.parametrize("skip_bad", [True, False])
-def test_image_that_recovers(cnn, extract, paths, monkeypatch, skip_bad):
+def test_image_that_recovers(cnn, extract, paths, monkeypatch):
     """An image that was temporarily unreadable is encoded by the next call that can read it."""
     original, failing = images.open_image, [paths[5]]
 
@@ -287,11 +287,6 @@ def test_image_that_recovers(cnn, extract, paths, monkeypatch, skip_bad):
         return original(file, *options)
 
     monkeypatch.setattr(images, "open_image", fail_once)
-    if skip_bad:
-        assert list(extract(paths, skip_bad=True)[1]) == [5]
-    else:
-        with pytest.raises(BadImageError, match=f"{paths[5].name}: the network is down"):
-            extract(paths)
-    found, bad = extract(paths)
-    assert bad == {}
-    assert_right(found, cnn, paths)
+    with pytest.raises(BadImageError, match=f"{paths[5].name}: the network is down"):
+        extract(paths)
+    assert_right(extract(paths), cnn, paths)

@@ -48,14 +48,6 @@ def test_random_views():
     np.testing.assert_allclose(counts / 1000, 1 / 6, atol=0.05)
 
 
-@pytest.mark.parametrize("random", [False, True])
-def test_without(random):
-    """Rows that are left out are skipped in the numbering, also one after the other."""
-    views = Views([numbered(12, 0)], random).without([0, 7]).without({1: "the third image"})
-    assert len(views) == 9
-    assert views[np.arange(9)].flatten().tolist() == [1, 3, 4, 5, 6, 8, 9, 10, 11]
-
-
 def test_an_ensemble():
     """An ensemble has features for each of its models."""
     features = PerModel([Views([numbered(4, 0)]), Views([numbered(4, 20)])])
