@@ -23,7 +23,7 @@ import torch
 
 from captioning.base.checkpoints import load_checkpoint
 from captioning.base.commands import exit_status
-from captioning.base.device import pick_device, resolve_precision, use_deterministic_algorithms
+from captioning.base.device import pick_device, resolve_precision
 from captioning.base.distributed import barrier, print0, process_group, rank_and_world_size
 from captioning.base.files import write_text
 from captioning.base.options import names_with
@@ -68,8 +68,6 @@ def build_run(config: TrainConfig, backbone=None) -> Run:
         config = replace(config, backbone=type(backbone).__name__, weights=OWN)
     device = pick_device(config.device)
     resolve_precision(device, config.precision)  # raises if it is not supported
-    if config.deterministic:
-        use_deterministic_algorithms()
     with lock_run_dir(config.out) as lock:  # which an error releases
         earlier = find_earlier_run(config)
         run = assemble_run(config, device, backbone)

@@ -50,12 +50,6 @@ def usual_defaults():
         yield
 
 
-def use_deterministic_algorithms():
-    """Make CUDA kernels deterministic; on a CPU runs are reproducible without it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
-    torch.use_deterministic_algorithms(True)
-
-
 def get_rng_state(device) -> dict:
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}

@@ -17,7 +17,7 @@ from captioning.base.modules import eval_mode, select
 from captioning.base.tokens import START
 from captioning.decoding.decoded import word_log_probs
 from captioning.decoding.sampling import sample
-from captioning.scoring.cross_entropy import cross_entropy, predictions
+from captioning.scoring.cross_entropy import batch_cross_entropy, cross_entropy, predictions
 
 
 class TeacherForcing(nn.Module):
@@ -42,9 +42,7 @@ class TeacherForcing(nn.Module):
         and `<end>`; the vocabulary projection and the loss are computed for these alone.
         """
         smoothing = self.label_smoothing if self.training else 0.0
-        with self.model.autocast():
-            memory = self.model.decoder.memory(self.model.encode(batch.images, batch.features))
-            return cross_entropy(self.model, memory, batch.captions, batch.image_index, smoothing)
+        return batch_cross_entropy(self.model, batch, smoothing)
 
 
 class SelfCritical(nn.Module):

@@ -77,7 +77,6 @@ class TrainConfig(ModelConfig):
     skip_bad_images: bool = option(False, "exclude unreadable images and list them")
     overwrite: bool = option(False, "start again in a folder with an earlier run", may_change=True)
     resume: bool = option(False, "continue from last.pt in --out, if it exists", may_change=True)
-    deterministic: bool = option(False, "bit-identical results on a GPU too, slower there")
     save_every: int = option(
         0, "also save every N batches; 0: only after epochs", at_least=0, may_change=True
     )

@@ -12,6 +12,13 @@ MAX_PADDING = 0.1  # of a batch that is not divided into chunks
 MULTIPLE = 64
 
 
+def batch_cross_entropy(model, batch, smoothing=0.0):
+    """`cross_entropy` of a `data_loader.Batch`, in the model's precision."""
+    with model.autocast():
+        memory = model.decoder.memory(model.encode(batch.images, batch.features))
+        return cross_entropy(model, memory, batch.captions, batch.image_index, smoothing)
+
+
 def cross_entropy(model, memory, captions, image_index=None, smoothing=0.0):
     """{"loss": negative log-likelihood in nats, summed over the targets; "targets": their number}.
 

@@ -14,7 +14,7 @@ from captioning.base.device import usual_defaults
 from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
 from captioning.base.modules import eval_mode
 from captioning.decoding.generate import DecodingOptions
-from captioning.scoring.cross_entropy import cross_entropy
+from captioning.scoring.cross_entropy import batch_cross_entropy
 from captioning.scoring.metrics import caption_scores, diagnostics, perplexity, unk_rate
 
 TEXTS = {"tokenizer", "notes"}  # entries of the scores that are no numbers
@@ -29,9 +29,7 @@ def evaluate_loss(model, loader) -> tuple[float, int]:
     total = torch.zeros(2, dtype=torch.float64)  # of the loss and of the number of targets
     with eval_mode(model):
         for batch in loader:
-            with model.autocast():
-                memory = model.decoder.memory(model.encode(batch.images, batch.features))
-                sums = cross_entropy(model, memory, batch.captions, batch.image_index)
+            sums = batch_cross_entropy(model, batch)
             total += torch.stack([sums["loss"], sums["targets"]]).cpu()
     loss, targets = all_reduce_sum(total).tolist()
     return loss, int(targets)
