@@ -23,13 +23,7 @@ from rounds import serve
 from captioning.base.device import pick_device
 from captioning.base.tokens import END
 from captioning.data.coco import CocoCaptions
-from captioning.data.extraction import (
-    SHARD_SIZE,
-    extract_features,
-    fingerprint,
-    shard_file,
-    write_shard,
-)
+from captioning.data.extraction import SHARD_SIZE, extract_features, fingerprint, shard_file
 from captioning.data.images import eval_transform
 from captioning.learning.loop import train_one_epoch
 from captioning.learning.train_config import TrainConfig
@@ -98,7 +92,7 @@ def write_features(config):
             if 0 < start <= len(split) - SHARD_SIZE:
                 shard_file(folder, start).hardlink_to(shard_file(folder, 0))
             else:
-                write_shard(folder, start, features[: len(split) - start], {})
+                np.save(shard_file(folder, start), features[: len(split) - start])
 
 
 def start(data, scratch):
