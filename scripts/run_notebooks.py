@@ -39,6 +39,7 @@ if not os.path.exists("captioning"):  # opened alone, as on Colab or Kaggle
     install = [sys.executable, "-m", "pip", "install", "-qr", "requirements.txt"]
     subprocess.run(install, check=True)"""
 JPEG_QUALITY = {"result_show": 50}  # a gallery; 25 in the other notebooks
+MANY_COLOURS = 2**15  # a picture with more is a photograph, for which a palette is too small
 NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
 
 
@@ -84,7 +85,7 @@ def compress(figure, quality=25):
 
     image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=quality)
     limit = change(Image.open(best))
-    for colours in (32, 64, 128, 256):
+    for colours in (32, 64, 128, 256) if image.getcolors(MANY_COLOURS) else ():
         reduced = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         if change(reduced) > limit:
             continue

@@ -28,8 +28,10 @@ class WorkerLoader(DataLoader):
     - a WorkerError says why workers cannot be started, or that one was killed.
     """
 
-    def __init__(self, dataset, *args, collate_fn, **options):
-        super().__init__(dataset, *args, collate_fn=HandOver(collate_fn), **options)
+    def __init__(self, dataset, *args, collate_fn, generator=None, **options):
+        generator = generator or torch.Generator()  # not the global one, which others share
+        options |= {"collate_fn": HandOver(collate_fn), "generator": generator}
+        super().__init__(dataset, *args, **options)
 
     def __iter__(self):
         try:

@@ -4,7 +4,6 @@ model.confidence = calibrate(model, validation_images, beam_size=5)
 """
 
 import torch
-from torch.utils.data import DataLoader
 
 from captioning.base.modules import eval_mode
 from captioning.decoding.confidence import Confidence, caption_predictors
@@ -45,7 +44,8 @@ def calibrate(model, images, beam_size=5) -> Confidence:
 
 def encode_images(model, images):
     """Yields what `model.encode` returns for the batches of an `ImageDataset`."""
-    for batch in DataLoader(images, BATCH_SIZE, collate_fn=lambda batch: batch):
+    for rows in torch.arange(len(images)).split(BATCH_SIZE):
+        batch = images.__getitems__(rows)
         with model.autocast():
             encoded = model.encode(batch.images, batch.features)
         yield encoded

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from statistics import mean
 
 import torch
-from torch.utils.data import DataLoader
 
 from captioning.base.device import usual_defaults
 from captioning.base.distributed import all_reduce_sum, gather, interleave, rank_and_world_size
@@ -43,9 +42,9 @@ def caption_split(model, images, batch_size=64, **options) -> list[str]:
     """
     rank, world_size = rank_and_world_size()
     rows = range(rank, len(images), world_size)
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     captions = []
-    for batch in DataLoader(images, batch_sampler=batches, collate_fn=lambda batch: batch):
+    for i in range(0, len(rows), batch_size):
+        batch = images.__getitems__(rows[i : i + batch_size])
         decoded = model.generate(batch.images, batch.features, **options)
         captions += [best for best, *_ in model.decode(decoded)]
     return interleave(gather(captions))

@@ -254,6 +254,13 @@ def test_too_small_a_disk(cnn, extract, paths, tmp_path, monkeypatch, small_shar
 # ---------------------------------------------------------------------------- bad images
 
 
+def test_no_random_numbers_are_drawn(extract, paths):
+    """The random numbers of a program are the same whether features are computed or loaded."""
+    before = torch.get_rng_state()
+    extract(paths)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_bad_images(cnn, extract, paths, opened, small_shards):
     """An error names all images that cannot be read, and no other. Files with such an image are not
     written, so that its next version is encoded; the others need not be computed again.
