@@ -77,14 +77,14 @@ def execute(notebook, name):
 
 
 def compress(figure, quality=25):
-    """The type and content: a JPEG, or a smaller PNG that changes the picture no more than that."""
+    """The type and content: a JPEG, or a smaller PNG that changes the picture less."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
 
     def change(other):
         return sum(ImageStat.Stat(ImageChops.difference(image, other.convert("RGB"))).rms)
 
     image.save(best := io.BytesIO(), "JPEG", optimize=True, progressive=True, quality=quality)
-    limit = change(Image.open(best))
+    limit = change(Image.open(best)) / 2  # banding is more visible than the errors of a JPEG
     for colours in (32, 64, 128, 256) if image.getcolors(MANY_COLOURS) else ():
         reduced = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         if change(reduced) > limit:
