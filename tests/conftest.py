@@ -6,6 +6,7 @@ Everything runs offline, on the CPU, with a random CNN whose features differ: se
 import functools
 import json
 import os
+import sys
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -55,6 +56,14 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """The tests are too small to benefit from more threads; OMP_NUM_THREADS overrides this."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    """No test leaves matplotlib's figures open, which would warn in a later one."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 def supported(precision):
