@@ -128,7 +128,7 @@ def save_map(file, found, size):
 
     image = centre_crop(found.image, size)
     figure = attention_maps(image, found.captions[0], found.attention).flat[0].figure
-    figure.savefig(file)
+    figure.savefig(file, bbox_inches="tight")
     plt.close(figure)
 
 
