@@ -38,7 +38,7 @@ if not os.path.exists("captioning"):  # opened alone, as on Colab or Kaggle
     os.chdir("coco-image-caption")
     install = [sys.executable, "-m", "pip", "install", "-qr", "requirements.txt"]
     subprocess.run(install, check=True)"""
-JPEG_QUALITY = {"result_show": 50}  # a gallery; 25 in the other notebooks
+JPEG_QUALITY = {"result_show": 50}  # a gallery; 23 in the other notebooks
 MANY_COLOURS = 2**15  # a picture with more is a photograph, for which a palette is too small
 NOTEBOOKS = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "result_show")
 
@@ -71,12 +71,12 @@ def execute(notebook, name):
         cell.outputs = [o for o in cell.outputs if o.output_type != "stream" or o.text.strip()]
         alt = cell.metadata.get("alt")
         for output in (o for o in cell.outputs if "image/png" in o.get("data", {})):
-            kind, figure = compress(output.data.pop("image/png"), JPEG_QUALITY.get(name, 25))
+            kind, figure = compress(output.data.pop("image/png"), JPEG_QUALITY.get(name, 23))
             output.data[kind] = figure
             output.metadata = {kind: {"alt": alt}} if alt else {}
 
 
-def compress(figure, quality=25):
+def compress(figure, quality=23):
     """The type and content: a JPEG, or a smaller PNG that changes the picture less."""
     image = Image.open(io.BytesIO(base64.b64decode(figure))).convert("RGB")
 

@@ -30,7 +30,7 @@ from captioning.data.features import FeatureArray
 from captioning.data.images import BadImageError
 from captioning.data.workers import WorkerLoader
 
-FORMAT = "7"  # increase it when the content of the files, or how images are opened, changes
+FORMAT = "8"  # increase it when the content of the files, or how images are opened, changes
 SHARD_SIZE = 512  # images per file; an interruption loses the features of at most one file
 LARGE = 1e9  # bytes; the size of features that take more is printed first
 

@@ -21,8 +21,8 @@ def beam_search(
     the beam; the ended captions are ranked by log-probability / length ** length_penalty (Wu et
     al., 2016, arXiv:1609.08144, without their constants), where the length includes `<end>`.
     Prefixes that have not ended after `max_len` tokens rank below all captions that have. No
-    caption ends before it has `min_len` words. A model
-    with a `Confidence` ranks the result by that (`Captioner.generate`).
+    caption ends before it has `min_len` words. A model with a `Confidence` ranks the result by that
+    (`Captioner.generate`).
 
     Raises ValueError if the model computes NaN.
     """

@@ -1,6 +1,6 @@
 """What the photographs show, and how often the training photographs of the captioner show it.
 
-noun_bars(main_nouns(history["counts"], photographs), total=8033)
+noun_counts(main_nouns(history["counts"], photographs), total=8033)
 """
 
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def main_nouns(counts, photographs) -> list[Noun]:
     return sorted(found, key=lambda noun: -noun.count)
 
 
-def noun_bars(nouns, total):
+def noun_counts(nouns, total):
     """How many of `total` training photographs show each noun; green and filled if it is named."""
     ax = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")[1]
     places = range(len(nouns))
@@ -72,7 +72,6 @@ def noun_bars(nouns, total):
     for x, height, noun in zip(places, heights, nouns, strict=True):
         colour = GREEN if noun.named else RED
         ax.plot(x, height, "o", ms=11, mec=colour, mfc=colour if noun.named else "white", mew=2.5)
-    for x, height, noun in zip(places, heights, nouns, strict=True):
         style = {"xycoords": "data", "box_alignment": (0.5, 0), "frameon": False, "pad": 0}
         thumbnail = OffsetImage(noun.image, zoom=0.43 * 72 / noun.image.width)
         ax.add_artist(AnnotationBbox(thumbnail, (x, 1.35 * height), **style))

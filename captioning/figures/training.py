@@ -148,7 +148,7 @@ def most_improved(first, last, data):
 
 def perplexity_bars(perplexities):
     """A bar with its value for each {model: perplexity}, on a logarithmic scale from 1."""
-    ax = bars(perplexities, None, "model", "validation perplexity (log scale)")
+    ax = bars(perplexities, xlabel="model", ylabel="validation perplexity (log scale)")
     ax.set(yscale="log", ylim=(1, 2 * max(perplexities.values())))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")

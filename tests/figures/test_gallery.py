@@ -21,7 +21,7 @@ from captioning.figures.gallery import (
 )
 from captioning.figures.image_text import RED
 from captioning.figures.mistakes import load_results, show_results
-from captioning.figures.nouns import main_nouns, noun_bars
+from captioning.figures.nouns import main_nouns, noun_counts
 
 
 def photograph(name="pig.jpg", predicted="a pig sleeps", verdict=None):
@@ -91,7 +91,7 @@ def test_nouns():
         ("owl", 1, False),
         ("rocket", 0, False),
     ]
-    dots = noun_bars(nouns, total=4).lines
+    dots = noun_counts(nouns, total=4).lines
     assert [to_hex(dot.get_markeredgecolor()) for dot in dots] == [GREEN, RED, RED]
     assert [dot.get_ydata().tolist() for dot in dots] == [[2], [1], [1]]
 
